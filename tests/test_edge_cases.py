@@ -159,8 +159,8 @@ BATCHES = {"empty": (SOME, EMPTY), "huge": (HUGE, ONE)}
 def test_gradient_is_the_numerical_derivative_of_the_loss(name: str, kind: str) -> None:
     """Compare every term along a random direction of each part's parameters, in float64.
 
-    Detached values, DW's weights, proposals and random numbers are replayed, and no assignment changes over so small a step. A ReLU
-    or maximum may change over one of two steps only.
+    Detached values, DW's weights, proposals and random numbers are replayed, and no assignment changes over so small a
+    step. A ReLU or maximum may change over one of two steps only.
     """
     with float64() as patch:
         detector = make(name).double().train()

@@ -19,10 +19,12 @@ def test_a_checkpoint_is_read_without_random_numbers(trained: Path) -> None:
     assert all(torch.equal(value, stored[key]) for key, value in detector.state_dict().items())
 
 
-def test_constants_are_set() -> None:
+def test_constants_and_buffers_are_set() -> None:
     with uninitialized():
         norm, layer = nn.BatchNorm2d(4), nn.Linear(3, 2)
         nn.init.zeros_(layer.bias)
+        buffer = torch.empty(100).normal_(generator=torch.Generator().manual_seed(0))
+    assert torch.equal(buffer, torch.randn(100, generator=torch.Generator().manual_seed(0)))
     assert norm.weight.tolist() == [1] * 4
     assert layer.bias.tolist() == [0, 0]
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
@@ -16,13 +16,13 @@ _DRAWS = (
     Tensor.normal_,
     Tensor.uniform_,
 )
-"""Functions that draw random weights."""
+"""Functions that draw random weights. They are skipped for parameters only: a buffer may not be in the checkpoint."""
 _NORMALIZATIONS = (F.batch_norm, F.group_norm)
 """Functions that keep the shape; torch takes a millisecond for each on the meta device."""
 
 
 class _Skipping(TorchFunctionMode):
-    """Return the first argument of some functions unchanged."""
+    """Skip some functions: their first argument is the result, unchanged."""
 
     def __init__(self, *functions: Callable[..., Tensor]) -> None:
         super().__init__()
@@ -34,7 +34,9 @@ class _Skipping(TorchFunctionMode):
         """Skip the function, or run it."""
         options = kwargs or {}
         if func in self.functions:
-            return args[0] if args else next(iter(options.values()))
+            first = args[0] if args else next(iter(options.values()))
+            if func in _NORMALIZATIONS or isinstance(first, nn.Parameter):
+                return first
         return func(*args, **options)
 
 
