@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 LONGEST = ("test_export.py", "test_weights.py", "test_together.py", "test_compile.py", "test_learning.py")
 """The modules whose slow tests take most of the time."""
@@ -56,8 +57,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def make_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
     """Return a function that fills the folder of a name once for all workers; the others wait for it."""
-    from filelock import FileLock
-
     base = tmp_path_factory.getbasetemp()
     top = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 from fusedet import config as configs
@@ -32,6 +35,11 @@ ONE_LEVEL = ["model.pyramid.finest=5", "model.pyramid.coarsest=5"]
 """Even fewer."""
 PATCHES = [*ONE_LEVEL, "model.backbone={type: 'patches:Patches'}"]
 """Hardly any but those of the detector; the backbone's class needs `trust`."""
+
+
+def choose(chosen: Collection[Any], all_values: Iterable[Any]) -> list[Any]:
+    """Leave all cases of a slow test but the chosen ones to make soak."""
+    return [value if value in chosen else pytest.param(value, marks=pytest.mark.soak) for value in all_values]
 
 
 def save_run(folder: Path, name: str, *overrides: str, data: Path | None = None) -> Path:

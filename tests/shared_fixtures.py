@@ -71,13 +71,6 @@ def _no_flush() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def no_initialization(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave the weights of convolutions and linear layers as they lie in memory, for models that load all of them."""
-    for name in ("kaiming_normal_", "kaiming_uniform_"):
-        monkeypatch.setattr(torch.nn.init, name, lambda tensor, *args, **options: tensor)
-
-
 render = Figure.savefig
 PLOTS = {
     name: getattr(visualization, name)

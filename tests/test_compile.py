@@ -1,7 +1,7 @@
 """torch.compile of the training forward pass and of `detect`: one graph, no break, the numbers of eager mode."""
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._dynamo import config as dynamo_config
 from torch.utils._pytree import tree_leaves
 
-from exporting import ONE_LEVEL, TWO_LEVELS
+from exporting import ONE_LEVEL, TWO_LEVELS, choose
 from fakes import batch, objects
 from fusedet.config import Train
 from fusedet.engine import trainer
@@ -104,11 +104,6 @@ def test_training_forward_is_one_graph(name: str) -> None:
     run(name, "forward", "aot_eager", 1e-4)
 
 
-def choose(chosen: Sequence[Any], all_values: Sequence[Any]) -> list[Any]:
-    """Leave all values but the chosen ones to make soak."""
-    return [value if value in chosen else pytest.param(value, marks=pytest.mark.soak) for value in all_values]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in DETECTORS if name != "dynamic_rcnn"])
 def test_detect_is_one_graph(name: str) -> None:
@@ -129,7 +124,7 @@ INDUCTOR = [(name, method) for name in ("retinanet", "fcos", "faster_rcnn") for 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 @pytest.mark.parametrize("case", choose([("retinanet", "forward"), ("faster_rcnn", "detect")], INDUCTOR), ids="-".join)
 def test_inductor(case: tuple[str, str]) -> None:
-    run(*case, "inductor", 1e-3, *ONE_LEVEL[:2])
+    run(*case, "inductor", 1e-3, *ONE_LEVEL)
 
 
 @pytest.mark.parametrize(("name", "parts"), [("retinanet", [""]), ("faster_rcnn", ["backbone", "neck", "head"])])

@@ -264,29 +264,18 @@ def test_detectors_of_one_program_export_alike(name: str, tmp_path: Path) -> Non
     assert programs[0] == programs[1]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow if name in ("retinanet", "faster_rcnn") else pytest.mark.soak)
-        for name in DETECTORS
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", exporting.choose(("retinanet", "faster_rcnn"), DETECTORS))
 def test_every_detector_exports_at_all_levels(name: str, make_export: Callable[..., Path]) -> None:
     check_export(make_export(name, size=(64, 96)))
 
 
 DYNAMIC = ("retinanet", "fcos", "vfnet", "faster_rcnn", "mask_rcnn")
-"""Exported with dynamic sizes by make test-all; the others by make soak, a minute or more each."""
+"""Exported with dynamic sizes by make test-all; the others by make soak, half a minute or more each."""
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow if name in DYNAMIC else pytest.mark.soak)
-        for name in DETECTORS
-        if name not in SAME_FILES
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", exporting.choose(DYNAMIC, [name for name in DETECTORS if name not in SAME_FILES]))
 def test_dynamic_export_equals_pytorch(name: str, make_export: Callable[..., Path]) -> None:
     formats = "torch,onnx,openvino" if name in ("retinanet", "faster_rcnn") else "onnx,openvino"
     check_export(make_export(name, formats, *exporting.TWO_LEVELS, *OPTIONS.get(name, [])))
@@ -312,13 +301,8 @@ MODULES = {
 }
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, marks=pytest.mark.soak if case in ("all modules", "BFP") else pytest.mark.slow)
-        for case in MODULES
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", exporting.choose(MODULES.keys() - {"all modules", "BFP"}, MODULES))
 def test_modules_export_with_dynamic_sizes(case: str, make_export: Callable[..., Path]) -> None:
     name, *overrides = MODULES[case]
     formats = "torch,onnx,openvino" if case in ("all modules", "AugFPN") else "onnx,openvino"

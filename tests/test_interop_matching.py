@@ -40,7 +40,6 @@ def convert_head(head: dict[str, Any], **others: Any) -> dict[str, Any]:
     return dict(tree["model"]["head"])
 
 
-@pytest.mark.usefixtures("no_initialization")
 def test_weights_show_the_published_models(shared: Path) -> None:
     """Inferred from names and shapes, each has its config's parts, and all weights have counterparts."""
     with gzip.open(shared / "zoo" / "zoo.jsonl.gz", "rt", encoding="utf-8") as lines:

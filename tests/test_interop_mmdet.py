@@ -27,7 +27,6 @@ from fusedet.models.heads import RPNHead
 from fusedet.types import Batch, Detections, Levels
 from partners import partners
 
-pytestmark = pytest.mark.usefixtures("no_initialization")
 FOLDER = Path(__file__).with_name("parity")
 CASES = sorted(path.stem for path in (FOLDER / "checkpoints").glob("*.json"))
 FILLED = runpy.run_path(str(FOLDER / "filled.py"))

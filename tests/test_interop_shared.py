@@ -36,7 +36,6 @@ WRITTEN = "faster_rcnn_r50"
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("no_initialization")
 @pytest.mark.parametrize("name", NAMES)
 def test_recorded_predictions(shared: Path, tmp_path: Path, name: str) -> None:
     spec = json.loads((shared / "checkpoints" / f"{name}.json").read_text())

@@ -21,7 +21,6 @@ from fusedet.models.detectors import build_detector
 from fusedet.types import Batch, Detections
 from partners import partners
 
-pytestmark = pytest.mark.usefixtures("no_initialization")
 SIZE = (128, 256)  # for other sizes, torchvision's anchors of P6 and P7 are not a stride apart
 OPTIONS = {"min_size": SIZE[0], "max_size": SIZE[1]}
 

@@ -32,7 +32,7 @@ from fusedet.interop.published_weights import PublishedWeights, is_published_nam
 from fusedet.models.detectors import build_detector
 from test_interop_torchvision import fill_weights, make_dense_backbone
 
-pytestmark = pytest.mark.usefixtures("no_initialization", "unrendered")
+pytestmark = pytest.mark.usefixtures("unrendered")
 NAME = "torchvision/fcos_resnet50_fpn"
 Publish = Callable[[bytes], PublishedWeights]
 RENAMED = "data.rename={" + ", ".join(f"{own}: class_{i}" for i, own in enumerate(SHAPES)) + "}"

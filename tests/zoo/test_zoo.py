@@ -13,7 +13,6 @@ from fusedet.errors import InputError
 AGAIN = "write the table again: python tests/zoo/write_table.py ../shared/zoo/zoo.jsonl.gz"
 
 
-@pytest.mark.usefixtures("no_initialization")
 @pytest.mark.parametrize(
     ("step", "least"),
     [(160, 1), pytest.param(8, 30, marks=pytest.mark.slow), pytest.param(1, 308, marks=pytest.mark.soak)],
