@@ -27,7 +27,7 @@ from fusedet.api.engines import Task, open_engine
 from fusedet.api.exported import Exported
 from fusedet.api.timing import Span, compute_percentiles, interleave, read_peak_memory, summarize_spans, time_call
 from fusedet.errors import InputError
-from fusedet.exporters.metadata import Licence, Metadata, Resize, Thresholds, write_description
+from fusedet.exporters.metadata import License, Metadata, Resize, Thresholds, write_description
 from fusedet.file_hash import hash_file
 
 pytestmark = pytest.mark.usefixtures("unrendered")
@@ -285,7 +285,7 @@ def describe(**changes: Any) -> Metadata:
         "outputs": list(exporters.OUTPUTS[:4]),
         "weights_sha256": None,
         "training_data": None,
-        "licence": Licence(code="Apache-2.0", weights=None),
+        "license": License(code="Apache-2.0", weights=None),
         "versions": {},
         "config": {"data": {"size": [64, 96]}},
     }

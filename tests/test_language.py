@@ -37,7 +37,7 @@ FORBIDDEN = [
 ]
 """Each begins at a word's beginning."""
 BRITISH = (
-    "centre|colour|neighbour|behaviour|grey|(?:label|model|signal|cancel)l(?:ed|ing)|"
+    "centre|colour|neighbour|behaviour|licence|grey|(?:label|model|signal|cancel)l(?:ed|ing)|"
     "(?:general|initial|local|maxim|minim|normal|optim|random|real|recogn|regular|sanit|special|summar|synchron|visual)"
     "is(?:e|ing|ation)"
 )

@@ -146,7 +146,7 @@ def test_the_list_of_mmdetection() -> None:
     assert len({weights.file for weights in listed}) == len(listed), "a mirror holds all files in one folder"
     assert all(len(weights.sha256) == 8 and int(weights.sha256, 16) >= 0 for weights in listed)
     vfnet = list_published_weights()["mmdet/vfnet_r50_fpn_ms-2x_coco"]
-    assert (vfnet.family, vfnet.backbone, vfnet.box_ap, vfnet.licence) == ("vfnet", "resnet50", 44.8, "Apache-2.0")
+    assert (vfnet.family, vfnet.backbone, vfnet.box_ap, vfnet.license) == ("vfnet", "resnet50", 44.8, "Apache-2.0")
     points = list_published_weights()["mmdet/reppoints-moment_r50_fpn-gn_head-gn_1x_coco"]
     assert "gn-neck%2Bhead" in points.address
     assert "gn-neck+head" in points.file
@@ -160,7 +160,7 @@ def test_weights_command(capsys: pytest.CaptureFixture[str], mirrored: Published
 
     rows = run("VFNet")["weights"]
     assert {row["family"] for row in rows} == {"vfnet"}
-    assert {"name", "backbone", "box_ap", "mask_ap", "megabytes", "licence", "address", "is_cached"} <= rows[0].keys()
+    assert {"name", "backbone", "box_ap", "mask_ap", "megabytes", "license", "address", "is_cached"} <= rows[0].keys()
     assert len(run()["weights"]) == len(list_published_weights())
     target = cache / "torchvision" / "fcos_resnet50_fpn.safetensors"
     before = run("where", NAME)
@@ -543,7 +543,7 @@ def test_every_command(whole: str, few_images: Path, tmp_path: Path, capsys: pyt
     assert cli.run(["cam", whole, image, *small, "--score", "0", "--class", "person"]) == 0
     if not whole.endswith("_v2"):  # an export takes as long as all other commands
         assert cli.run(["export", whole, "--format", "torch", "--size", "64,96", "test.score=0.001"]) == 0
-        assert json.loads((results / "export" / "model.json").read_text())["model"]["licence"]["weights"]
+        assert json.loads((results / "export" / "model.json").read_text())["model"]["license"]["weights"]
     fast = [*small, "train.batch=4", "train.epochs=1", "data.workers=0", "train.validate_every=1"]
     assert cli.run(["train", whole, coco, *fast]) == 0
     trained = tmp_path / "runs" / whole.partition("/")[2]

@@ -71,7 +71,7 @@ def test_content_is_the_source_tree(wheel):
         assert any(name.startswith(f"fusedet/configs/{package}/") for name in held)
 
 
-def test_licence(wheel):
+def test_license(wheel):
     packed = zipfile.ZipFile(wheel)
     (name,) = [name for name in packed.namelist() if name.endswith("/licenses/LICENSE")]
     assert packed.read(name) == (ROOT / "LICENSE").read_bytes()

@@ -22,7 +22,7 @@ from fusedet.api.settings import Settings, refuse_other_keys, resolve_config, to
 from fusedet.config import Config
 from fusedet.errors import InputError, StorageError, one_of
 from fusedet.exporters.formats import package_versions
-from fusedet.exporters.metadata import Licence, Metadata, Resize, Thresholds
+from fusedet.exporters.metadata import License, Metadata, Resize, Thresholds
 from fusedet.exporters.quantization import PACKAGES
 from fusedet.file_hash import hash_file
 from fusedet.interop.published_weights import find_published_weights, is_published_name
@@ -39,7 +39,7 @@ class _Source(NamedTuple):
     names: list[str]
     category_ids: list[int]
     file: Path | None
-    licence: str | None = None
+    license: str | None = None
 
 
 def export(
@@ -152,8 +152,8 @@ def _load(
             f"{source} takes images of {config.data.channels} channels: exported files take RGB images only"
         )
     out = config.out or run_dir.find_free_path(run_dir.parent_of(source), "export")
-    licence = find_published_weights(source).licence if is_published_name(source) else None
-    return _Source(tuned(detector, config, names=names), config, names, ids, file, licence), out
+    license = find_published_weights(source).license if is_published_name(source) else None
+    return _Source(tuned(detector, config, names=names), config, names, ids, file, license), out
 
 
 def _describe(
@@ -191,7 +191,7 @@ def _describe(
         outputs=traced.outputs,
         weights_sha256=None if model.file is None else hash_file(model.file),
         training_data=None if path is None or model.file is None else Path(path).name,
-        licence=Licence(code="Apache-2.0", weights=model.licence),
+        license=License(code="Apache-2.0", weights=model.license),
         versions=package_versions(packages),
         config=config.replace(out=None).tree(),
     )

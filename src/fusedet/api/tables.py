@@ -110,14 +110,14 @@ def published_weights_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType
         table.add_column(name, overflow="fold")
     for name in ("box AP", "mask AP", "MB"):
         table.add_column(name, justify="right")
-    for name in ("licence", "cached"):
+    for name in ("license", "cached"):
         table.add_column(name)
     for row in rows:
         texts = [escape(row[key]) for key in ("name", "family", "backbone", "dataset")]
         precision = ["-" if row[key] is None else f"{row[key]:.1f}" for key in ("box_ap", "mask_ap")]
         cached = "yes" if row["is_cached"] else ""
-        table.add_row(*texts, *precision, f"{row['megabytes']:.0f}", row["licence"], cached)
-    note = "AP in percent, as the weights' source publishes it for the dataset; licence of the project that publishes."
+        table.add_row(*texts, *precision, f"{row['megabytes']:.0f}", row["license"], cached)
+    note = "AP in percent, as the weights' source publishes it for the dataset; license of the project that publishes."
     return Group(table, Text(f"{plural(len(rows), 'name')}. {note}"))
 
 

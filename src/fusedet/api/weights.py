@@ -22,7 +22,7 @@ COLUMNS = (
     "megabytes",
     "parameters",
     "multiply_adds",
-    "licence",
+    "license",
     "address",
 )
 
@@ -32,7 +32,7 @@ class WeightsList(CommandResult):
     """Published weights.
 
     Attributes:
-        weights: Name, family, backbone, dataset, AP in percent as published, size, licence and address of each.
+        weights: Name, family, backbone, dataset, AP in percent as published, size, license and address of each.
     """
 
     weights: list[PublishedWeights]

@@ -37,8 +37,8 @@ class Thresholds(_Strict):
     pre_nms: int = Field(ge=1)
 
 
-class Licence(_Strict):
-    """Licences; None where the checkpoint does not state one."""
+class License(_Strict):
+    """Licenses; None where the checkpoint does not state one."""
 
     code: str
     weights: str | None
@@ -67,7 +67,7 @@ class Metadata(_Strict):
         outputs: Names of the outputs, in order.
         weights_sha256: Hash of the checkpoint; None for a model without a checkpoint.
         training_data: Name of the dataset; None if it is unknown.
-        licence: Licences of code and weights.
+        license: Licenses of code and weights.
         versions: Versions of the packages that wrote the files.
         config: The config of the run.
     """
@@ -91,7 +91,7 @@ class Metadata(_Strict):
     outputs: list[str]
     weights_sha256: str | None
     training_data: str | None
-    licence: Licence
+    license: License
     versions: dict[str, str]
     config: dict[str, Any]
 

@@ -33,7 +33,7 @@ class PublishedWeights:
         megabytes: Size of the file; of MMDetection's, of the weights in it.
         parameters: Number of parameters; of torchvision's as it states it.
         multiply_adds: Of an image of 800 x 1280 pixels; of torchvision's as it states it, of its own image size.
-        licence: The licence of the project that publishes them.
+        license: The license of the project that publishes them.
         address: Where the file is published.
         config: MMDetection's config of the model, with `test_pipeline`; None of torchvision.
     """
@@ -47,7 +47,7 @@ class PublishedWeights:
     megabytes: float
     parameters: int
     multiply_adds: int
-    licence: str
+    license: str
     address: str
     config: dict[str, Any] | None = field(default=None, repr=False, compare=False)
 
@@ -121,7 +121,7 @@ def _list_torchvision() -> list[PublishedWeights]:
                     megabytes=weights.meta["_file_size"] * 2**20 / 1e6,  # theirs are MiB
                     parameters=weights.meta["num_params"],
                     multiply_adds=round(weights.meta["_ops"] * 1e9),
-                    licence="BSD-3-Clause",
+                    license="BSD-3-Clause",
                     address=weights.url,
                 )
             )
@@ -139,5 +139,5 @@ def _list_mmdetection() -> list[PublishedWeights]:
         row = json.loads(line)
         config = {"model": row.pop("model"), "test_pipeline": [row.pop("resize")]}
         name = f"mmdet/{row.pop('name')}"
-        listed.append(PublishedWeights(name=name, licence="Apache-2.0", config=config, **row))
+        listed.append(PublishedWeights(name=name, license="Apache-2.0", config=config, **row))
     return listed
