@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -39,9 +41,15 @@ def test_without_norm_almost_nothing_reaches_neck_and_backbone() -> None:
     assert max(gradient_norms(config.load("retinanet_r18_small", ["model.head.norm=false"])).values()) < 0.01
 
 
+def test_a_neck_without_parameters_has_no_norm() -> None:
+    c4 = ["model.neck=identity", "model.pyramid={finest: 4, coarsest: 4}"]
+    assert gradient_norms(config.load("retinanet_r18_small", c4)).keys() == {"backbone"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("label", [row.label for row in load_table("necks").rows])
-def test_gradient_reaches_every_neck(label: str) -> None:
+def test_gradient_reaches_every_neck(shared: Path, label: str) -> None:
+    recipe = [*gradients.RECIPE, f"model.backbone.weights={shared / 'weights' / 'tf_efficientnet_lite0.safetensors'}"]
     table = load_table("necks")
     (row,) = (row for row in table.rows if row.label == label)
-    assert min(gradient_norms(row.config(table, *gradients.RECIPE)).values()) > gradients.LEAST
+    assert min(gradient_norms(row.config(table, *recipe)).values()) > gradients.LEAST
