@@ -110,8 +110,8 @@ def test_a_schedule_sets_epochs_milestones_and_scales_only(schedule: str) -> Non
 
 def test_fine_tuning_has_a_rate_and_a_warm_up_for_every_detector() -> None:
     recipes = [config.load(name, ["train.schedule=finetune"]).train for name in ONE_BACKBONE]
-    assert {(t.optimizer, t.lr, t.base_batch, t.warmup_steps, t.warmup_ratio) for t in recipes} == {
-        ("sgd", 0.005, 16, 50, 0.1)
+    assert {(t.optimizer, t.lr, t.base_batch, t.warmup, t.warmup_steps, t.warmup_ratio) for t in recipes} == {
+        ("sgd", 0.005, 16, "linear", 50, 0.1)
     }
     frozen = config.load("retinanet_r50", ["train.schedule=finetune"]).model.backbone
     assert (frozen["frozen_stages"], frozen["norm_eval"]) == (1, True)
@@ -123,7 +123,9 @@ def test_a_schedule_keeps_the_warm_up_of_mmdetection() -> None:
             config.load(f"{name}_r50", [f"train.schedule={schedule}"]).train for name in ("fcos", "vfnet", "grid_rcnn")
         )
         assert (fcos.warmup_ratio, vfnet.warmup_ratio) == (pytest.approx(1 / 3, abs=1e-4), 0.1)
+        assert (fcos.warmup, vfnet.warmup, grid.warmup) == ("constant", "linear", "linear")
         assert grid.warmup_steps == 3665
+        assert config.load("fcos_r50_dcn", [f"train.schedule={schedule}"]).train.warmup == "linear"
 
 
 # -- the declarations of the settings

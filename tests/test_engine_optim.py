@@ -96,6 +96,13 @@ def test_warm_up_follows_the_recursion_of_mmengine():
         assert lr_factor(step, Train(), total_steps=10**6, steps_per_epoch=10**5) == pytest.approx(value, rel=1e-9)
 
 
+def test_a_constant_warm_up_follows_the_recursion_of_mmengine():
+    # ConstantParamScheduler: times the factor at step 0, divided by it at total_iters = end - begin - 1
+    settings = Train(warmup="constant", warmup_ratio=0.25)
+    factors = [lr_factor(step, settings, total_steps=1200, steps_per_epoch=100) for step in (0, 1, 498, 499, 500, 800)]
+    assert factors == pytest.approx([0.25, 0.25, 0.25, 1, 1, 0.1])
+
+
 def test_fractions_of_an_epoch_and_no_warm_up():
     settings = Train(warmup_steps=0, milestones=(0.7 * 24, 0.9 * 24))
     factors = [lr_factor(step, settings, total_steps=1200, steps_per_epoch=50) for step in (0, 839, 840, 1079, 1080)]

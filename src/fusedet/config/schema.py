@@ -90,8 +90,10 @@ class Train(Section):
     """Epochs, fractions allowed, at which `multistep` lowers the learning rate."""
     gamma: float = Field(default=0.1, gt=0)
     """The factor of the learning rate at each milestone."""
+    warmup: Literal["linear", "constant"] = "linear"
+    """How the learning rate warms up: it rises linearly from `warmup_ratio`, or stays there for the warm-up's steps."""
     warmup_steps: int = Field(default=500, ge=0)
-    """Steps over which the learning rate rises linearly at the start."""
+    """Steps of the warm-up at the start."""
     warmup_ratio: float = Field(default=0.001, gt=0, le=1)
     """The factor of the learning rate at the first step of the warm-up."""
     clip_norm: float | None = Field(default=None, gt=0)

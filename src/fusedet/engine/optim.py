@@ -67,7 +67,8 @@ def lr_factor(step: int, settings: Train, *, total_steps: int, steps_per_epoch: 
     """Return the factor of the learning rate at a step: the warm-up times the decay.
 
     The warm-up is MMEngine's LinearLR, counted in steps: warmup_ratio + (1 - warmup_ratio) * step / (warmup_steps - 1),
-    and 1 from then on. The decay is one of two policies:
+    and 1 from then on; or its ConstantLR: warmup_ratio before the step warmup_steps - 1. The decay is one of two
+    policies:
 
     - "multistep" multiplies by `gamma` from the first step at or after each of `milestones` (in epochs;
       fractions allowed).
@@ -75,12 +76,13 @@ def lr_factor(step: int, settings: Train, *, total_steps: int, steps_per_epoch: 
 
     Args:
         step: The step's number, from 0.
-        settings: `policy`, `milestones`, `gamma`, `warmup_steps` and `warmup_ratio` are read.
+        settings: `policy`, `milestones`, `gamma`, `warmup`, `warmup_steps` and `warmup_ratio` are read.
         total_steps: Steps of the whole training.
         steps_per_epoch: Steps of one epoch.
     """
-    warmup, ratio = settings.warmup_steps, settings.warmup_ratio
-    warm = min(1.0, ratio + (1 - ratio) * step / (warmup - 1)) if warmup > 1 else 1.0
+    warmup, ratio, warm = settings.warmup_steps, settings.warmup_ratio, 1.0
+    if step < warmup - 1:
+        warm = ratio if settings.warmup == "constant" else ratio + (1 - ratio) * step / (warmup - 1)
     if settings.policy == "multistep":
         # Rounding removes the floating-point noise of a fraction of an epoch.
         passed = sum(step >= round(milestone * steps_per_epoch, 6) for milestone in settings.milestones)
