@@ -1,5 +1,6 @@
 """Power of an ablation: against simulated tables that are judged by the real intervals, and from finished runs."""
 
+import json
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 import fusedet
-from fusedet import evaluation
+from fusedet import cli, evaluation
 from fusedet.ablation import power, summary, summary_text
 from fusedet.ablation.power import Noise
 from fusedet.errors import InputError
@@ -57,12 +58,17 @@ def test_noise_is_measured():
     assert one.passing(1600) == pytest.approx(one.over_images**2 / 4)
 
 
+def true_noise(images):
+    """The noise of `simulate_runs`."""
+    own = IMAGE_NOISE / math.sqrt(images)
+    return Noise(2, images, math.hypot(SEED_NOISE, own), math.hypot(own, SHARED_NOISE), math.sqrt(2) * own)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("images", "tables"), [(150, 800), (600, 800)])
 def test_simulated_tables_have_the_predicted_power(images, tables):
     """The predicted number of seeds holds within 20 %: 0.8 times as many see +1 less often, 1.2 times more often."""
-    own = IMAGE_NOISE / math.sqrt(images)
-    noise = Noise(2, images, math.hypot(SEED_NOISE, own), math.hypot(own, SHARED_NOISE), math.sqrt(2) * own)
+    noise = true_noise(images)
     needed = power.count_needed_seeds(noise, images)
     assert 5 <= needed <= 20
     error = 3 * math.sqrt(0.8 * 0.2 / tables)
@@ -70,6 +76,15 @@ def test_simulated_tables_have_the_predicted_power(images, tables):
     assert simulate_power(needed, images, 1.0, tables) == pytest.approx(predicted, abs=error)
     assert simulate_power(math.floor(0.8 * needed), images, 1.0, tables) < power.TARGET
     assert simulate_power(math.ceil(1.2 * needed), images, 1.0, tables) > power.TARGET
+
+
+@pytest.mark.slow
+def test_simulated_tables_need_the_predicted_images():
+    """The predicted number of images holds within 20 % too, for many seeds, where it is the images that count."""
+    needed = power.count_needed_images(true_noise(100), seeds=30)
+    assert 30 <= needed <= 90
+    assert simulate_power(30, math.floor(0.8 * needed), 1.0, 800) < power.TARGET
+    assert simulate_power(30, math.ceil(1.2 * needed), 1.0, 800) > power.TARGET
 
 
 def test_images_and_differences_answer_the_same_question():
@@ -109,7 +124,7 @@ rows:
 """
 
 
-def test_power_of_finished_runs(scenes, tmp_path, monkeypatch):
+def test_power_of_finished_runs(scenes, tmp_path, capsys):
     plan = make_plan(tmp_path, TABLE, scenes, seeds=2)
     words = [str(tmp_path / "mine.yaml"), f"data={scenes}", "device=cpu", f"out={plan.out}"]
     quiet = {"say": lambda text: None, "seeds": 2, "resamples": 40}
@@ -123,3 +138,8 @@ def test_power_of_finished_runs(scenes, tmp_path, monkeypatch):
     one = fusedet.estimate_power(*words, **quiet | {"seeds": 1})
     assert one.noise == replace(one.noise, runs=1, between_seeds=None)
     assert "0.4 assumed" in str(one)
+    capsys.readouterr()
+    assert cli.run(["ablate", *words, "--power", "--seeds", "2", "--resamples", "40", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(estimate.to_json())
+    assert cli.run(["ablate", *words, "--power", "--rows", "more"]) == 2
+    assert "leave out --rows" in capsys.readouterr().err

@@ -376,7 +376,7 @@ def test_split_injection_adds_a_quarter_of_the_full_one() -> None:
 def test_notes_say_the_cost() -> None:
     """Parameters and multiply-adds of the row and, behind "against", of the paper's row beside it."""
     noted = [(t, r) for t, r in rows() if r.note and "M trainable parameters" in r.note]
-    assert len(noted) == 18
+    assert len(noted) == 20
     for shipped, row in noted:
         costs = re.findall(r"([\d.]+) M (?:trainable parameters,|and) ([\d.]+) G", str(row.note))
         beside = row.label.replace(" split", "").partition(" with one convolution")[0]

@@ -267,6 +267,8 @@ def ablate(
     settings = cli.settings_only(words, f"one table at a time, {table}")
     options: dict[str, Any] = {"seeds": seeds, "say": cli.console(json).print}
     if power:
+        if rows or dry_run:
+            raise fusedet.InputError("--power reads the finished runs of the baseline: leave out --rows and --dry-run")
         return cli.show(fusedet.estimate_power(table, *settings, resamples=resamples, **options), json)
     options["rows"] = rows or ()
     if dry_run:
