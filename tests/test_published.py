@@ -46,8 +46,9 @@ READINGS = (
 )
 
 
-# MMDetection's configs: steps, and the factor at the first; the text of MSFM prints one warm-up for all of its Table 4
-WARM_UPS = {"fcos": (500, 1 / 3), "vfnet": (500, 0.1), "grid_rcnn": (3665, 1 / 80)}
+# MMDetection's configs: steps, and the factor at the first; the text of MSFM prints one warm-up for all of its Table 4, Grid R-CNN
+# among them
+WARM_UPS = {"fcos": (500, 1 / 3), "vfnet": (500, 0.1)}
 PRINTED_WARM_UP = {"msfm_table4"}
 
 
@@ -323,6 +324,11 @@ def test_table_2_of_mse_fpn_has_the_figures_of_equal_rows(label: str) -> None:
         model=same.model.replace(neck={"sem": "full", "sim": "full"} | same.model.neck)
     )
     assert ours.published == equal.published != {}
+
+
+def test_augfpn_has_its_soft_selection_of_rois() -> None:
+    made = [row.config(shipped) for shipped, row in rows() if row.label.startswith("Faster R101 AugFPN")]
+    assert [(m.model.neck["type"], m.model.roi["stages"][0]["pooling"]) for m in made] == [("aug_fpn", "soft")] * 2
 
 
 def test_every_table_with_mse_fpn_has_both_readings_of_the_injection() -> None:
