@@ -387,6 +387,20 @@ def test_results_that_do_not_fit(capsys: Capture, trained: Path, scenes: Path, t
     has(complaint(capsys, "val", tmp_path / "bad.json", f"data={scenes}"), "result 0 lacks 'score'")
 
 
+@pytest.mark.parametrize(
+    ("words", "refused"),
+    [
+        ("val RUN --resamples 50", "val without --tiles-help does not use --resamples: leave it out"),
+        ("ablate necks --dry-run --budget xx --parallel 2", "--dry-run does not use --budget and --parallel"),
+        ("ablate necks --power --launcher slurm", "--power does not use --launcher"),
+        ("ablate --schema --json", "--schema does not use --json"),
+        ("info --classes 3", "classes=3 belongs to a config"),
+    ],
+)
+def test_options_that_a_mode_does_not_use(capsys: Capture, trained: Path, words: str, refused: str) -> None:
+    has(complaint(capsys, *(str(trained) if word == "RUN" else word for word in words.split())), refused)
+
+
 # -- pretrained weights
 
 

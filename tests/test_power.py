@@ -142,4 +142,4 @@ def test_power_of_finished_runs(scenes, tmp_path, capsys):
     assert cli.run(["ablate", *words, "--power", "--seeds", "2", "--resamples", "40", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(estimate.to_json())
     assert cli.run(["ablate", *words, "--power", "--rows", "more"]) == 2
-    assert "leave out --rows" in capsys.readouterr().err
+    assert "--power does not use --rows" in capsys.readouterr().err

@@ -10,7 +10,7 @@ ValueT = TypeVar("ValueT")
 
 
 def copy_to_host(value: ValueT) -> ValueT:
-    """Copy every tensor of a nested value to the CPU; a GPU is waited for once, not once per tensor.
+    """Copy every tensor of a nested value to the CPU, with one synchronization with the GPU, not one per tensor.
 
     The copies of CUDA tensors lie in page-locked memory, which torch keeps and uses again.
 
@@ -30,7 +30,7 @@ def copy_to_host(value: ValueT) -> ValueT:
 def _copy(value: Any, streams: dict[torch.device, Any]) -> Any:
     if isinstance(value, Tensor):
         if not value.is_cuda:
-            return value.cpu()  # the same tensor where it is on the CPU; MPS has no copy that can be waited for later
+            return value.cpu()  # the same tensor where it is on the CPU; MPS has no asynchronous copy with an event
         if value.device not in streams:
             streams[value.device] = torch.cuda.current_stream(value.device)
         return value.detach().to("cpu", non_blocking=True)

@@ -122,7 +122,7 @@ class BatchDetections(NamedTuple):
     masks: Tensor | None = None
 
     def trimmed(self) -> BatchDetections:
-        """Drop the padding that no image needs; a GPU is waited for once, and `counts` of the result is on the CPU."""
+        """Drop the padding that no image needs, synchronizing with a GPU once; `counts` of the result is on the CPU."""
         counts = self.counts.cpu()
         most = int(counts.max())
         masks = None if self.masks is None else self.masks[:, :most]

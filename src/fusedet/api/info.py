@@ -93,8 +93,9 @@ def info(
     """
     texts = refuse_other_keys(to_overrides(overrides, settings), *SETTABLE, of="a model's cost")
     if config is None:
-        if texts:
-            raise InputError(f"{texts[0]} belongs to a config: name one before it")
+        if texts or classes is not None:
+            key = texts[0] if texts else f"classes={classes}"
+            raise InputError(f"{key} belongs to a config: name one, such as fusedet info retinanet_r50")
         return ConfigNames(configs.names(), configs.names("schedules"))
     name = "model" if isinstance(config, Config) else str(config)
     limit, is_trained = None, False

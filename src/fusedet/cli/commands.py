@@ -4,7 +4,7 @@ import shlex
 import sys
 from typing import Annotated, Any, Literal
 
-from typer import Argument, Option
+from typer import Argument, Context, Option
 
 import fusedet
 from fusedet.cli import common as cli
@@ -36,6 +36,7 @@ def train(
 
 @cli.command("val", "val runs/a", "val runs/a/val.bbox.json data=data/coco --evaluator pycocotools", TRAIN)
 def val(
+    context: Context,
     source: Annotated[
         str, Argument(metavar="RUN", help="Run directory, checkpoint, published weights or results (.json).")
     ],
@@ -59,11 +60,10 @@ def val(
     """
     settings = cli.settings_only(words, "val takes one run, checkpoint or results file")
     if tiles_help:
-        if voc or submission or open_page or evaluator != "fusedet":
-            others = "--voc, --submission, --open and --evaluator"
-            raise fusedet.InputError(f"--tiles-help compares COCO's AP: leave out {others}")
+        cli.refuse_other_options(context, "--tiles-help", "tiles_help", "split", "resamples", "trust", "json")
         own: dict[str, Any] = {"split": split, "resamples": resamples, "trust": trust}
         return cli.show(fusedet.measure_tiles(source, *settings, **own, progress=cli.console(json)), json)
+    cli.refuse_other_options(context, "val without --tiles-help", *(set(context.params) - {"resamples"}))
     options: dict[str, Any] = {"split": split, "voc": voc, "evaluator": evaluator, "submission": submission}
     options |= {"trust": trust, "progress": cli.console(json), "say": cli.err.print}
     result = fusedet.validate(source, *settings, **options)
@@ -238,6 +238,7 @@ def compare(
 
 @cli.command("ablate", "ablate smsl_table1 data=coco out=smsl", "ablate mine.yaml data=coco --dry-run", COMPARE)
 def ablate(
+    context: Context,
     table: Annotated[str | None, Argument(metavar="TABLE", help="A shipped table or a YAML file.")] = None,
     words: cli.Settings = None,
     seeds: Annotated[int, Option(help="Trainings of each row.", min=1)] = 3,
@@ -260,6 +261,7 @@ def ablate(
     if schema:
         from fusedet.config import read_schema
 
+        cli.refuse_other_options(context, "--schema", "schema")
         if table:
             raise fusedet.InputError("ablate --schema takes no table and no settings: it is the schema of all tables")
         sys.stdout.write(read_schema("ablation_schema"))
@@ -267,11 +269,11 @@ def ablate(
     settings = cli.settings_only(words, f"one table at a time, {table}")
     options: dict[str, Any] = {"seeds": seeds, "say": cli.console(json).print}
     if power:
-        if rows or dry_run:
-            raise fusedet.InputError("--power reads the finished runs of the baseline: leave out --rows and --dry-run")
+        cli.refuse_other_options(context, "--power", "power", "seeds", "resamples", "json")
         return cli.show(fusedet.estimate_power(table, *settings, resamples=resamples, **options), json)
     options["rows"] = rows or ()
     if dry_run:
+        cli.refuse_other_options(context, "--dry-run", "dry_run", "seeds", "rows", "json")
         return cli.show(fusedet.preview_ablation(table, *settings, **options), json)
     options |= {"budget": budget, "parallel": parallel, "launcher": launcher, "slurm": slurm or ()}
     options |= {"resamples": resamples, "quiet": json}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
-from typer import Argument, Exit, Option, Typer
+from typer import Argument, Context, Exit, Option, Typer
 from typer.core import TyperCommand
 
 from fusedet import __version__
@@ -125,6 +125,28 @@ def settings_only(words: Iterable[str] | None, context: str) -> list[str]:
     if others:
         raise InputError(f"{others[0]} is one too many: {context}; settings are written key=value")
     return settings
+
+
+def refuse_other_options(context: Context, mode: str, *allowed: str) -> None:
+    """Refuse every option of the command line that a mode of the command does not use.
+
+    Args:
+        context: The command's context.
+        mode: What selects the mode, such as "--power".
+        allowed: Names of the parameters that the mode uses.
+
+    Raises:
+        InputError: Other options were given.
+    """
+    others = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.param_type_name == "option"
+        and parameter.name not in allowed
+        and getattr(context.get_parameter_source(parameter.name or ""), "name", "") == "COMMANDLINE"
+    ]
+    if others:
+        raise InputError(f"{mode} does not use {' and '.join(others)}: leave {'it' if others[1:] == [] else 'them'} out")
 
 
 def split_sides(text: str | None) -> list[int] | None:

@@ -113,7 +113,7 @@ class FreeAnchorHead(RetinaHead):
         positive = [self._bag_losses(anchors, *image) for image in zip(logits, deltas, targets)]
         with torch.no_grad():
             matched = torch.stack([self._match(anchors, *image) for image in zip(deltas, targets)])  # (N, P, K)
-            entries = matched.nonzero(as_tuple=True)  # a GPU is waited for once
+            entries = matched.nonzero(as_tuple=True)  # the only synchronization with a GPU
             q = matched[entries]
         x = logits[entries]
         p = x.sigmoid()

@@ -163,7 +163,7 @@ class RPNHead(nn.Module):
         positive = sampled & (assigned >= 0)
         counts = [mask.sum(dim=1).clamp(min=1) for mask in (positive, sampled & ~positive)]  # (N,) each
         count = mean_over_ranks(torch.cat(counts).sum())
-        # all anchors with a weight, not a selection of them, for which a GPU would be waited for
+        # all anchors with a weight, not a selection of them, which would synchronize with a GPU
         logits = flatten_maps(outputs.maps["cls"], 1).squeeze(2).float().masked_fill(~sampled, 0)
         image, prior, boxes, _ = gather_positives(assigned.masked_fill(~sampled, IGNORED), targets)
         deltas = flatten_maps(outputs.maps["reg"], 4)[image, prior].float()

@@ -224,7 +224,7 @@ def select_detections(
     span = chosen.detach().amax() - least + 1  # shifts by a multiple of it keep classes from suppressing each other
     per_image = []
     for b, s, k, r in zip(chosen.unbind(), final.unbind(), labels.unbind(), real.unbind()):
-        index = r.nonzero().squeeze(1)  # once: a GPU is waited for
+        index = r.nonzero().squeeze(1)  # once, because it synchronizes with a GPU
         b, s, k = b[index], s[index], k[index]
         keep = _nms(b - least + (k * span)[:, None], s, iou)
         count = (torch.ones_like(keep).sum() - 2).clamp(max=max_det)
@@ -271,8 +271,8 @@ def nms_keep_mask(boxes: Tensor, scores: Tensor, iou: float) -> Tensor:
 def nms_keep_mask_by_level(boxes: Sequence[Tensor], scores: Sequence[Tensor], iou: float) -> Tensor:
     """Compute which boxes survive non-maximum suppression within their level.
 
-    On a CPU small calls are faster; on a GPU, which every call waits for, an image has one call, with the levels moved
-    apart.
+    On a CPU small calls are faster. Every call synchronizes with a GPU, where an image has one call, with the levels
+    moved apart.
 
     Shape:
         per level boxes (N, M, 4), coordinates not negative, and scores (N, M); result (N, sum of M) bool.

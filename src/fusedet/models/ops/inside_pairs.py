@@ -1,6 +1,6 @@
 """The pairs of an instance and a point inside its box, which AutoAssign, DW and OTA weigh.
 
-Every function waits for a GPU once.
+Every function synchronizes with a GPU once.
 """
 
 from collections.abc import Callable, Sequence

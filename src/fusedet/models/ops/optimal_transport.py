@@ -67,7 +67,7 @@ class OptimalTransportAssigner:
 
     @torch.no_grad()
     def assign_predictions(self, logits: Tensor, boxes: Tensor, priors: Priors, targets: Sequence[Target]) -> Tensor:
-        """Assign the points of every image by the head's predictions. A GPU is waited for once.
+        """Assign the points of every image by the head's predictions, synchronizing with a GPU once.
 
         Args:
             logits: Class logits of every point.

@@ -45,7 +45,7 @@ def separate_positives(
         for own, own_costs, target in zip(assigned, costs, targets, strict=True)
     ]
     values, order = torch.cat([v for v, _ in candidates]).sort(dim=1, stable=True)  # (G, M)
-    # on the CPU, so that a GPU is waited for once, and not in every check of the mixtures
+    # on the CPU, to synchronize with a GPU once, and not in every check of the mixtures
     kept = select_low_costs(values.cpu().double()).to(values.device, non_blocking=True)
     image = torch.cat([assigned.new_full((len(v),), i) for i, (v, _) in enumerate(candidates)])[:, None]
     rows = torch.cat([index for _, index in candidates]).gather(1, order) + image * assigned.shape[1]

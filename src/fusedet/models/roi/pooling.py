@@ -77,7 +77,7 @@ class LevelPooling(nn.Module):
             return self._pool_exported(features, rois, level)
         order = level.argsort(stable=True)
         counts = (level == torch.arange(len(self.strides), device=level.device)[:, None]).sum(dim=1)
-        own_rois = rois[order].split(counts.tolist())  # a GPU is waited for once
+        own_rois = rois[order].split(counts.tolist())  # the only synchronization with a GPU
         by_level = [
             align_level(feature, own, self.size, stride, self.samples, self.aligned)
             for feature, own, stride in zip(features, own_rois, self.strides)
