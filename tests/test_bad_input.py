@@ -390,7 +390,7 @@ def test_results_that_do_not_fit(capsys: Capture, trained: Path, scenes: Path, t
 @pytest.mark.parametrize(
     ("words", "refused"),
     [
-        ("val RUN --resamples 50", "val without --tiles-help does not use --resamples: leave it out"),
+        ("val RUN --resamples 50", "val without --tiles-help does not use --resamples: leave out --resamples"),
         ("ablate necks --dry-run --budget xx --parallel 2", "--dry-run does not use --budget and --parallel"),
         ("ablate necks --power --launcher slurm", "--power does not use --launcher"),
         ("ablate --schema --json", "--schema does not use --json"),

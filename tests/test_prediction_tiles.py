@@ -522,7 +522,7 @@ def test_tiles_help(tmp_path: Path, capsys: Any) -> None:
     capsys.readouterr()
     for wrong, message in (
         (["test.tiles.size=200"], "is longer than a tile of test.tiles.size=200: the longest has"),
-        (["test.tiles.size=32", "--voc"], "--tiles-help does not use --voc: leave it out"),
+        (["test.tiles.size=32", "--voc"], "--tiles-help does not use --voc: leave out --voc"),
     ):
         assert cli.run(["val", str(run), "--tiles-help", *wrong]) == 2
         assert message in " ".join(capsys.readouterr().err.split())

@@ -389,7 +389,7 @@ def test_val_writes_and_opens_the_page(
     for line in (f"fusedet val {run_copy} --open", "The training:", "versions, training", "0 to 16 px", "loss_box"):
         assert line in text, line
     assert cli.run(["val", str(run_copy), "--open", "--tiles-help"]) == 2
-    assert "--tiles-help does not use --open: leave it out" in capsys.readouterr().err
+    assert "--tiles-help does not use --open: leave out --open" in capsys.readouterr().err
 
 
 def test_no_browser_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -146,7 +146,8 @@ def refuse_other_options(context: Context, mode: str, *allowed: str) -> None:
         and getattr(context.get_parameter_source(parameter.name or ""), "name", "") == "COMMANDLINE"
     ]
     if others:
-        raise InputError(f"{mode} does not use {' and '.join(others)}: leave {'it' if others[1:] == [] else 'them'} out")
+        names = " and ".join(others)
+        raise InputError(f"{mode} does not use {names}: leave out {names}")
 
 
 def split_sides(text: str | None) -> list[int] | None:
