@@ -4,9 +4,9 @@ import sys
 
 import torch
 
+from fusedet import read_dataset
 from fusedet.api.validate import detect
 from fusedet.data.loader import build_eval_loader, build_train_loader
-from fusedet.data.readers.auto import read_dataset
 from fusedet.data.transforms import EvalTransform, TrainTransform
 from fusedet.evaluation.coco_metrics import evaluate_coco
 from fusedet.models.backbones import TimmBackbone

@@ -41,6 +41,7 @@ _PUBLIC = {
     "measure_tiles": "api.tiles_help",
     "predict": "api.predict_files",
     "preview_ablation": "ablation.command",
+    "read_dataset": "data.readers.auto",
     "resolve_config": "api.settings",
     "serve_app": "app.command",
     "train": "api.train",
@@ -77,6 +78,7 @@ if TYPE_CHECKING:  # the aliases mark public names
     from fusedet.api.weights import locate_weights as locate_weights
     from fusedet.app.command import create_app as create_app
     from fusedet.app.command import serve_app as serve_app
+    from fusedet.data.readers.auto import read_dataset as read_dataset
     from fusedet.engine.signals import Interrupted as Interrupted
     from fusedet.errors import DivergenceError as DivergenceError
     from fusedet.errors import InputError as InputError

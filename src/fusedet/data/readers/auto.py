@@ -202,7 +202,10 @@ def read_dataset(
     need_images: bool = True,
     exif: bool = True,
 ) -> DetectionDataset:
-    """Read a split of a dataset.
+    """Read a split of a dataset in any of the formats of docs/data.md.
+
+    >>> fusedet.read_dataset("data/coco", "val").names  # doctest: +SKIP
+    ('person', 'bicycle', ...)
 
     Args:
         path: A folder, or an annotation file: a COCO json, a YOLO yaml, ...
