@@ -8,7 +8,7 @@ BENCHMARKS := predict train_step modules two_stage operators evaluate bootstrap 
 .PHONY: help demo test test-all soak lint schema bench docs dist clean
 
 help:
-	@echo "make demo   generate images, train a small detector on them, score it and draw what it finds"
+	@echo "make demo   generate images, train a small detector on them, score it and draw its detections"
 	@echo "make test   the test suite, WORKERS=$(WORKERS) tests at a time"
 	@echo "make test-all  the suite and its long tests: killed runs, several processes, every detector and export"
 	@echo "make soak   the tests that take hours in all: all combinations, long fuzzing, memory, large annotations, killed processes"

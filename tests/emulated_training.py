@@ -19,7 +19,7 @@ from torch import Tensor
 import fusedet
 from emulated_cases import BACKBONE, ROOT, SMALL, describe, difference, listed, make_batch, make_detector
 from emulated_device import EmulatedDevice
-from fusedet.api.detection import find
+from fusedet.api.detection import detect_batch
 from fusedet.config import Train
 from fusedet.data.synthetic import generate_dataset
 from fusedet.engine import checkpoint, trainer
@@ -91,14 +91,14 @@ def run_evaluation() -> dict[str, Any]:
         for n, batch in batches.items() if flips else ():
             mirrored = replace(batch, images=batch.images.flip(-1), targets=None, flipped=True)
             batches[n] = replace(batch, views=(mirrored,))
-        expected = find(detector, batches[2], torch.device("cpu"))
+        expected = detect_batch(detector, batches[2], torch.device("cpu"))
         waits[case] = {}
         with EmulatedDevice(ROOT) as device:
             detector.to("cuda")
             for n, batch in batches.items():
                 pinned = batch.pin_memory()
                 device.occurrences.clear()
-                detections = find(detector, pinned, torch.device("cuda"))
+                detections = detect_batch(detector, pinned, torch.device("cuda"))
                 waits[case][n], lines[case] = sum(device.waits().values()), describe(device.waits())
                 assert not [what for what, _ in device.waits("copy") if "pageable" in what]
                 if n == 2:

@@ -13,7 +13,7 @@ from torchvision.ops import box_iou
 
 import fusedet
 from fusedet import cli, config
-from fusedet.api.detection import find, views
+from fusedet.api.detection import detect_batch, views
 from fusedet.data.collate import collate_views, make_samples
 from fusedet.data.dataset import ImageAnnotations
 from fusedet.data.loader import build_eval_loader
@@ -134,10 +134,10 @@ def test_views_by_hand() -> None:
     images = batch([torch.zeros(3, 40, 60, dtype=torch.uint8)], seen)
     wanted = [(10, 10, 20, 20, 0.95, 0), (10, 10, 20, 20, 0.7, 1), (30, 5, 50, 25, 0.6, 1), (54, 0, 60, 8, 0.3, 0)]
     for most in (100, 3):
-        (detections,) = find(Scripted(*TABLE, iou=0.5, max_det=most), images, CPU)
+        (detections,) = detect_batch(Scripted(*TABLE, iou=0.5, max_det=most), images, CPU)
         rows = torch.cat([detections.boxes, detections.scores[:, None], detections.labels[:, None]], dim=1)
         assert torch.allclose(rows, torch.tensor(wanted[:most]))
-    (detections,) = find(Scripted(*TABLE, iou=1.0), images, CPU)  # nothing overlaps by more than that
+    (detections,) = detect_batch(Scripted(*TABLE, iou=1.0), images, CPU)  # nothing overlaps by more than that
     assert sorted(detections.scores.tolist()) == pytest.approx([0.3, 0.6, 0.7, 0.8, 0.9, 0.95])
 
 
@@ -148,7 +148,7 @@ def test_masks_follow_their_boxes() -> None:
     left = torch.zeros(1, 4, 4)
     left[..., :2] = 1
     rows = [[(10, 10, 30, 20, 0.5, 2)], [(30, 10, 50, 20, 0.9, 2)]]
-    (detections,) = find(Scripted(*rows, masks=[torch.ones(1, 4, 4), left]), images, CPU)
+    (detections,) = detect_batch(Scripted(*rows, masks=[torch.ones(1, 4, 4), left]), images, CPU)
     assert detections.boxes.tolist() == [[10, 10, 30, 20]]
     assert detections.masks.shape == (1, 40, 60)
     columns = torch.arange(60)
@@ -183,14 +183,14 @@ def test_an_object_seen_in_every_view_is_detected_once() -> None:
     wanted = [[8, 4, 21, 30], [0, 40, 9, 64]]
     for options in (["test.flip=true"], ["test.flip=true", "test.scales=[128,64,32]"]):
         for detections, box in zip(
-            find(Bright(), batch(images, made("data.size=[64,128]", *options)), CPU), wanted, strict=True
+            detect_batch(Bright(), batch(images, made("data.size=[64,128]", *options)), CPU), wanted, strict=True
         ):
             assert len(detections) == 1
             assert torch.allclose(
                 detections.boxes, torch.tensor([box]).float(), atol=1.5
             )  # the resize rounds to whole pixels
     flat = batch(images[:1], (EvalTransform(50, 77), EvalTransform(50, 77, flip=True)))
-    assert find(Bright(), flat, CPU)[0].boxes.tolist() == wanted[:1]
+    assert detect_batch(Bright(), flat, CPU)[0].boxes.tolist() == wanted[:1]
 
 
 def test_merging_is_greedy_nms() -> None:
@@ -236,8 +236,8 @@ def test_every_detector(name: str) -> None:
     images = [torch.randint(0, 256, (3, h, w), dtype=torch.uint8) for h, w in ((50, 70), (90, 60))]
     seen = made("data.size=[64,96]", "test.scales=[64,96]", "test.flip=true")
     every = batch(images, seen)
-    detections = find(detector, every, CPU)
-    alone = [find(detector, replace(view, views=()), CPU) for view in (every, *every.views)]
+    detections = detect_batch(detector, every, CPU)
+    alone = [detect_batch(detector, replace(view, views=()), CPU) for view in (every, *every.views)]
     for i, (one, image) in enumerate(zip(detections, images, strict=True)):
         assert 0 < len(one) <= 15
         assert one.scores[0] == max(view[i].scores[0] for view in alone)

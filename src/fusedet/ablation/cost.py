@@ -16,7 +16,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from fusedet.ablation.plan import Run
-from fusedet.api.detection import find
+from fusedet.api.detection import detect_batch
 from fusedet.api.load_model import weights_file, with_weights
 from fusedet.api.predict import Predictor, tuned
 from fusedet.api.timing import compute_percentiles, time_call
@@ -85,7 +85,7 @@ def measure_prediction(
         for label, model in models.items():
             batch = _make_batch(model, dataset, i)
             # its result is on the CPU, so that no GPU work is pending
-            times[label].append(1000 * time_call(partial(find, model.detector, batch, device))[1].wall)
+            times[label].append(1000 * time_call(partial(detect_batch, model.detector, batch, device))[1].wall)
     if device.type == "cuda":
         device_name = torch.cuda.get_device_name(device)
     else:
@@ -135,7 +135,7 @@ def _measure_peak_memory(model: Predictor, batch: Batch) -> float | None:
     weights = sum(t.numel() * t.element_size() for t in tensors)
 
     def predict() -> None:
-        find(model.detector, batch, device)
+        detect_batch(model.detector, batch, device)
 
     if device.type == "cuda":
         predict()  # libraries allocate workspaces once, which do not count

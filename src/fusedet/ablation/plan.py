@@ -16,7 +16,7 @@ from fusedet.api.validate import has_mask_branch
 from fusedet.config import Config
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.shape_drawing import name_classes
-from fusedet.data.splits import read_key
+from fusedet.data.splits import NO_DATA, read_key
 from fusedet.errors import InputError, prefix_errors, unknown
 from fusedet.models.detectors import build_meta_detector
 
@@ -222,7 +222,7 @@ def make_plan(
     if any(options.data.path for options in resolved.values()):
         data = _read_splits(table, resolved, say)
     elif need_data:
-        raise InputError("no data: add data=PATH, a folder or file in COCO, VOC or YOLO format")
+        raise InputError(NO_DATA)
     classes = len(next(iter(data.values()))[1].names) if data else default_classes(table)
     configs = table.configs(*overrides, num_classes=classes)
     for label, options in configs.items():

@@ -36,7 +36,7 @@ class Comparison(CommandResult):
     """Two runs side by side.
 
     Attributes:
-        report: Metrics, intervals, classes, errors by kind and `conclusion`, as compare.json holds them.
+        report: Metrics, intervals, classes, error breakdown and `conclusion`, as compare.json holds them.
         out: The directory of the files.
         files: The files written, by what they show.
     """
@@ -62,7 +62,7 @@ def compare(
     bootstrap_seed: int = 0,
     **settings: Unpack[Settings],
 ) -> Comparison:
-    """Compare the stored results of two runs: metrics, B - A with intervals over images, and errors by kind.
+    """Compare the stored results of two runs: metrics, B - A with intervals over images, and the error breakdown.
 
     >>> fusedet.compare("runs/a", "runs/b").report["conclusion"]  # doctest: +SKIP
 

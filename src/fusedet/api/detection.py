@@ -41,7 +41,7 @@ def views(config: Config, canvas: tuple[int, int] | None = None) -> tuple[EvalTr
     )
 
 
-def find(detector: InferenceDetector, batch: Batch, device: torch.device) -> list[Detections]:
+def detect_batch(detector: InferenceDetector, batch: Batch, device: torch.device) -> list[Detections]:
     """Return the detections of each image of a batch, as `detect_images` does."""
     return [detections for _, detections in detect_images(detector, [batch], device)]
 

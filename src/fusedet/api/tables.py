@@ -44,7 +44,7 @@ def metrics_table(metrics: Mapping[str, Any], title: str) -> RenderableType:
 
 
 def comparison_table(report: Mapping[str, Any]) -> RenderableType:
-    """Return metrics of two runs with the difference's interval, then AP per class, then the errors by kind."""
+    """Return metrics of two runs with the difference's interval, then AP per class, then the error breakdown."""
     level = f"{100 * report['level']:g} % over images"
     rows_by_title = {
         "": [{"name": name} | row for name, row in report["figures"].items()],

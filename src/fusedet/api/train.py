@@ -47,6 +47,7 @@ from fusedet.config import Config, apply_overrides
 from fusedet.data.bad_images import BadImageLog
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.loader import TrainLoader, build_train_loader
+from fusedet.data.splits import NO_DATA
 from fusedet.data.validation import require_usable_images
 from fusedet.engine import logging, optim, rng, trainer
 from fusedet.engine.determinism import deterministic
@@ -132,7 +133,7 @@ def train(
 
 def _require_data(path: str | None) -> None:
     if path is None:
-        raise InputError("no data: add data=PATH, a folder or file in COCO, VOC or YOLO form")
+        raise InputError(NO_DATA)
 
 
 def _check_config(config: Config, resume: bool) -> tuple[Path, bool]:

@@ -60,7 +60,7 @@ def open_data(config: Config, say: Callable[[str], None]) -> tuple[DetectionData
             if finding.kind != NO_ANNOTATIONS:  # said below, of the training split only
                 say(f"  warning: {finding.message}")
     if absent := [name for name, n in zip(label_classes(data), count_per_label(data)) if not n]:
-        say(f"  no training object of {', '.join(absent)}: {'it' if len(absent) == 1 else 'they'} will not be found")
+        say(f"  no training object of {', '.join(absent)}: {'it' if len(absent) == 1 else 'they'} will not be detected")
     return data, val
 
 

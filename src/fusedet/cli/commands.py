@@ -229,7 +229,7 @@ def compare(
 ) -> None:
     """Compare two runs with confidence intervals.
 
-    Their stored results on the same images give B - A with intervals over images, and the errors by kind.
+    Their stored results on the same images give B - A with intervals over images, and the error breakdown.
     """
     settings = cli.settings_only(words, f"two runs are compared, {a} and {b}")
     result = fusedet.compare(a, b, *settings, split=split, resamples=resamples, bootstrap_seed=bootstrap_seed)

@@ -14,6 +14,9 @@ from fusedet.data.dataset import DetectionDataset, PackedBytes
 from fusedet.data.readers.auto import read_dataset
 from fusedet.errors import InputError, plural, unknown
 
+NO_DATA = "no data: add data=PATH, a folder or file in COCO, VOC or YOLO format"
+"""The error of a command that needs a dataset."""
+
 
 def read_split(data: Data, split: str, *, need_images: bool = True) -> DetectionDataset:
     """Read a split as the section `data` of a config describes it.
@@ -30,7 +33,7 @@ def read_split(data: Data, split: str, *, need_images: bool = True) -> Detection
     is_held_out = isinstance(data.val, float) and split == data.val_split
     name = data.train if is_held_out else split
     if not data.path and not Path(name).is_file():  # "" would be the current folder
-        raise InputError("no data: add data=PATH, a folder or file in COCO, VOC or YOLO format")
+        raise InputError(NO_DATA)
     dataset = read_dataset(
         data.path or "",
         name,

@@ -1,4 +1,4 @@
-"""Counts of a page at every threshold: confusions, errors by kind, and true and false positives per class."""
+"""Counts of a page at every threshold: confusions, errors by type, and true and false positives per class."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

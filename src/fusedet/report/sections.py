@@ -22,7 +22,7 @@ def format_value(value: float | None, digits: int = 3) -> str:
 
 
 def make_overview(analysis: Analysis) -> str:
-    """Return the first screen: where it fails, the metrics, the errors by kind and AP by size."""
+    """Return the first screen: where it fails, the metrics, the error breakdown and AP by size."""
     sentences = "".join(f"<li>{escape(line)}</li>" for line in summarize(analysis))
     metrics, tiles = analysis.metrics, ""
     for name in ("AP", "AP50", "AP75", "AR100", "mask_AP", "VOC_AP"):
@@ -36,7 +36,7 @@ def make_overview(analysis: Analysis) -> str:
     )
     return (
         f'<section id="fails"><h2>Where it fails</h2><ul class="fails">{sentences}</ul><dl class="tiles">{tiles}</dl>'
-        f'<div class="pair"><figure><h3>Errors by kind</h3>{_make_errors(analysis)}</figure>'
+        f'<div class="pair"><figure><h3>Error breakdown</h3>{_make_errors(analysis)}</figure>'
         f"<figure><h3>AP by object size (objects)</h3>{sizes}</figure></div>"
         + make_faint(
             f"Intervals are of 95 % over the {analysis.images:,} images, from {RESAMPLES} bootstrap resamples. "
@@ -47,7 +47,7 @@ def make_overview(analysis: Analysis) -> str:
 
 
 def _make_errors(analysis: Analysis) -> str:
-    """Return the errors by kind as a table with bars, the most costly first."""
+    """Return the error breakdown as a table with bars, the most costly first."""
     most = max((row["dAP"] for row in analysis.errors.values()), default=0) or 1
     rows = ""
     for kind, row in sorted(analysis.errors.items(), key=lambda item: -item[1]["dAP"]):
