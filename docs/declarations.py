@@ -1,11 +1,12 @@
 """Write what follows from the declarations of settings: `python docs/declarations.py`, or `make schema`.
 
-These are the JSON schemas that the first lines of the shipped configs and ablation tables name, and the tables of
-settings between the marks in config.md and evidence.md.
+These are the JSON schemas that the first lines of the shipped configs and ablation tables name, the list of settings
+that `fusedet train --help` shows, and the tables of settings between the marks in config.md and evidence.md.
 """
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ def generate() -> dict[Path, str]:
     keys = [("Above the rows", config.settings(ablation.Table)), ("In a row", config.settings(ablation.Row))]
     return {
         SCHEMAS / "schema.json": json.dumps(describe_config(), indent=1) + "\n",
+        SCHEMAS / "settings.json": json.dumps([asdict(setting) for setting in config.settings()], indent=1) + "\n",
         SCHEMAS / "ablation_schema.json": json.dumps(describe_ablation(), indent=1) + "\n",
         DOCS / "config.md": update_page(DOCS / "config.md", "###", settings),
         DOCS / "evidence.md": update_page(DOCS / "evidence.md", "####", keys),

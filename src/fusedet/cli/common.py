@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -9,7 +10,10 @@ import shutil
 import sys
 import webbrowser
 from collections.abc import Callable, Iterable
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from rich.console import Console
@@ -100,10 +104,21 @@ class SettingsCommand(TyperCommand):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help, then key, type, default, meaning and range of every setting."""
-        from fusedet.config import settings_text
-
         super().format_help(ctx, formatter)
-        print(settings_text(out.width))
+        print(_format_settings(out.width))
+
+
+def _format_settings(width: int) -> str:
+    """Format the settings of a config, by group; they are read from a file, without importing the declarations."""
+    file = Path(__file__).parents[1] / "configs" / "settings.json"
+    indent, lines = " " * 6, []
+    for group, rows in groupby(json.loads(file.read_text(encoding="utf-8")), key=itemgetter("group")):
+        lines.append(f"\nSettings: {group or 'run'}\n")
+        for row in rows:
+            limits = f" ({row['range']})" if row["range"] else ""
+            lines.append(f"  {row['key']:<27}{row['type']} = {row['default']}{limits}")
+            lines += wrap(row["help"], width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+    return "\n".join(lines)
 
 
 def split_words(words: Iterable[str] | None) -> tuple[list[str], list[str]]:

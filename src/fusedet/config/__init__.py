@@ -3,7 +3,7 @@
 from fusedet.config.interval import Interval, parse_interval, to_seconds
 from fusedet.config.loading import BACKBONES, apply_overrides, find_file, load, names, read_schema
 from fusedet.config.schema import Config, Data, Model, Pyramid, Test, Train, parse
-from fusedet.config.settings import Setting, settings, settings_text
+from fusedet.config.settings import Setting, settings
 from fusedet.config.validation import validate_value
 from fusedet.config.yaml_text import parse_yaml, read_yaml, refuse_foreign_classes
 
@@ -28,7 +28,6 @@ __all__ = [
     "read_yaml",
     "refuse_foreign_classes",
     "settings",
-    "settings_text",
     "to_seconds",
     "validate_value",
 ]

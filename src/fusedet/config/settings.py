@@ -3,8 +3,6 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from textwrap import wrap
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
@@ -37,18 +35,6 @@ class Setting:
 def settings(declared: type[Declaration] = Config) -> list[Setting]:
     """List all settings, section by section."""
     return list(_settings(declared))
-
-
-def settings_text(width: int) -> str:
-    """Write the settings as plain text of that width: key, type, default and range, then the meaning."""
-    lines = []
-    for group, rows in groupby(settings(), key=lambda setting: setting.group):
-        lines.append(f"\nSettings: {group or 'run'}\n")
-        for row in rows:
-            limits = f" ({row.range})" if row.range else ""
-            lines.append(f"  {row.key:<27}{row.type} = {row.default}{limits}")
-            lines += wrap(row.help, width, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False)
-    return "\n".join(lines)
 
 
 def _settings(section: type[Declaration]) -> Iterator[Setting]:
