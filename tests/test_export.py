@@ -314,8 +314,9 @@ def check_export(folder: Path, keeps_empty_boxes: bool = False) -> None:
     report = json.loads((folder / "report.json").read_text())
     for row in report["formats"].values():
         assert len(row["cases"]) == 8
-        assert sum(case["detections"] for case in row["cases"]) > 20
-        assert sum(case["undecided"] for case in row["cases"]) <= 2
+        detections, undecided = (sum(case[key] for case in row["cases"]) for key in ("detections", "undecided"))
+        assert detections > 20
+        assert undecided <= max(2, 0.02 * detections)
         assert max(case["box"] for case in row["cases"]) < 0.05
         (none,) = [case for case in row["cases"] if case["case"] == "no detection"]
         assert none["detections"] == 0 or keeps_empty_boxes
