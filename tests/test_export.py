@@ -270,7 +270,7 @@ def test_every_detector_exports_at_all_levels(name: str, make_export: Callable[.
     check_export(make_export(name, size=(64, 96)))
 
 
-DYNAMIC = ("retinanet", "fcos", "vfnet", "faster_rcnn", "mask_rcnn")
+DYNAMIC = ("retinanet", "faster_rcnn", "mask_rcnn")
 """Exported with dynamic sizes by make test-all; the others by make soak, half a minute or more each."""
 
 
@@ -302,7 +302,7 @@ MODULES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", exporting.choose(MODULES.keys() - {"all modules", "BFP"}, MODULES))
+@pytest.mark.parametrize("case", exporting.choose(("modules of two stages", "deformable stages"), MODULES))
 def test_modules_export_with_dynamic_sizes(case: str, make_export: Callable[..., Path]) -> None:
     name, *overrides = MODULES[case]
     formats = "torch,onnx,openvino" if case in ("all modules", "AugFPN") else "onnx,openvino"
@@ -464,7 +464,7 @@ INT8 = ["onnx", pytest.param("openvino", marks=pytest.mark.slow)]
 def test_int8_detects_as_fp32(
     format_: str, calibration: tuple[Path, Metadata, CalibrationData], tmp_path: Path
 ) -> None:
-    """Detections of random weights are at least 0.75 alike, and box decoding stays in floating point."""
+    """Detections of random weights are alike, less in OpenVINO with sums in int8; box decoding stays in fp32."""
     source, metadata, data = calibration
     files, row = quantize_format(format_, source, tmp_path, metadata, data)
     assert row["floating_point"] == []
@@ -475,7 +475,7 @@ def test_int8_detects_as_fp32(
     )
     cases = make_cases(64, 96, (64, 96), 1)
     alike = [compute_similarity(plain(case.images, case.sizes), int8(case.images, case.sizes)) for case in cases]
-    assert min(alike) > 0.75
+    assert min(alike) > {"onnx": 0.75, "openvino": 0.65}[format_]
     assert min(alike) < 1, "something was quantized"
     if format_ == "onnx":
         import onnx
@@ -497,7 +497,7 @@ def test_int8_detects_as_fp32(
         kinds = {node.get_type_name() for node in users}
         assert "Convolution" in kinds
         assert kinds & set(quantization.FLOATING_POINT) <= {"Add"}
-        sums = quantization.find_map_sums(openvino.convert_model(source))
+        sums = quantization.find_map_operations(openvino.convert_model(source))
         assert {node.get_friendly_name() for node in users if node.get_type_name() == "Add"} <= set(sums)
 
 
@@ -519,7 +519,9 @@ def test_sums_of_maps_are_those_that_convolutions_read() -> None:
     moves = convolve(ops.relu(pyramid))
     boxes = ops.add(moves, x, name="boxes")
     model = openvino.Model([boxes], [x])
-    assert sorted(quantization.find_map_sums(model)) == ["pyramid", "residual"]
+    assert sorted(quantization.find_map_operations(model)) == ["pyramid", "residual"]
+    layers = [node.get_friendly_name() for node in model.get_ops() if node.get_type_name() == "Convolution"]
+    assert quantization.find_map_operations(model, layers) == []
 
 
 class PricedData(CalibrationData):

@@ -65,7 +65,7 @@ def true_noise(images):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("images", "tables"), [(150, 800), (600, 800)])
+@pytest.mark.parametrize(("images", "tables"), [(150, 500), (600, 500)])
 def test_simulated_tables_have_the_predicted_power(images, tables):
     """The predicted number of seeds holds within 20 %: 0.8 times as many see +1 less often, 1.2 times more often."""
     noise = true_noise(images)
@@ -83,8 +83,8 @@ def test_simulated_tables_need_the_predicted_images():
     """The predicted number of images holds within 20 % too, for many seeds, where it is the images that count."""
     needed = power.count_needed_images(true_noise(100), seeds=30)
     assert 30 <= needed <= 90
-    assert simulate_power(30, math.floor(0.8 * needed), 1.0, 800) < power.TARGET
-    assert simulate_power(30, math.ceil(1.2 * needed), 1.0, 800) > power.TARGET
+    assert simulate_power(30, math.floor(0.8 * needed), 1.0, 500) < power.TARGET
+    assert simulate_power(30, math.ceil(1.2 * needed), 1.0, 500) > power.TARGET
 
 
 def test_images_and_differences_answer_the_same_question():

@@ -134,7 +134,7 @@ def agrees(paper: str, count: int, value: float) -> bool:
 def test_every_row_is_built_and_has_the_printed_parameters(table: Table, row: Row) -> None:
     made = row.config(table)
     count = trainable(made)
-    assert count > 30_000_000
+    assert (count > 30_000_000) is not made.model.backbone["name"].startswith("mobilenetv3_small")
     if row.params_M:
         paper = table.name.split("_")[0]
         branches = [b["type"] if isinstance(b, dict) else b for b in (made.model.roi or {}).get("branches", [])]

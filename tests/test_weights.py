@@ -497,10 +497,12 @@ def make_mmdetection(request: pytest.FixtureRequest) -> Any:
 
 
 REAL = [
-    ("torchvision/fasterrcnn_resnet50_fpn_v2", make_torchvision("fasterrcnn_resnet50_fpn_v2"), ()),
     *(
         (f"torchvision/{name}", make_torchvision(name), pytest.mark.soak)
-        for name in ("maskrcnn_resnet50_fpn", "retinanet_resnet50_fpn", "fcos_resnet50_fpn")
+        for name in (
+            *("fasterrcnn_resnet50_fpn_v2", "maskrcnn_resnet50_fpn"),
+            *("retinanet_resnet50_fpn", "fcos_resnet50_fpn"),
+        )
     ),
     ("mmdet/retinanet_r18_fpn_1x_coco", make_mmdetection, ()),
 ]

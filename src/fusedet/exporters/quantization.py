@@ -4,7 +4,7 @@ Box decoding and selection stay in floating point.
 """
 
 import io
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from itertools import chain
 from pathlib import Path
@@ -44,11 +44,13 @@ FLOATING_POINT = (
     "TopK",
     "GroupNormalization",
 )
-"""OpenVINO's operations that stay in floating point, except the sums of `find_map_sums`.
+"""OpenVINO's operations that stay in floating point, except those of `find_map_operations`.
 
 NNCF's defaults quantize coordinates of boxes to 256 values.
 """
-MAP_OPERATIONS = ("Add", "Relu", "MaxPool", "Interpolate")
+BETWEEN = ("Add", "AvgPool", "Interpolate")
+"""OpenVINO's operations that NNCF quantizes beside convolutions."""
+MAP_OPERATIONS = ("Add", "Relu", "MaxPool", "AvgPool", "Interpolate")
 """OpenVINO's operations between the sum of two feature maps and the convolution that reads it."""
 REGRESSION = ("reg", "refine", "pts_init", "pts_refine")
 """Layers of dense heads whose outputs are decoded to boxes."""
@@ -128,8 +130,8 @@ def quantize_openvino(source: Path, inputs: InputSource, excluded: Sequence[str]
     names, layers = [node.get_friendly_name() for node in model.get_ops()], set(excluded)
     # a convolution with a bias becomes two operations, of which the first has a suffix
     kept = {name for name in names if name.partition("/")[0] in layers}
-    sums = set(find_map_sums(model))
-    kept |= {node.get_friendly_name() for node in model.get_ops() if node.get_type_name() == "Add"} - sums
+    between = {node.get_friendly_name() for node in model.get_ops() if node.get_type_name() in BETWEEN}
+    kept |= between - set(find_map_operations(model, kept))
     types = [name for name in FLOATING_POINT if name != "Add"]
     ignored = nncf.IgnoredScope(types=types, names=sorted(kept), validate=False)
     with _silence():
@@ -138,30 +140,38 @@ def quantize_openvino(source: Path, inputs: InputSource, excluded: Sequence[str]
         )
 
 
-def find_map_sums(model: Any) -> list[str]:
-    """Return the names of an OpenVINO model's additions of two feature maps whose sum a convolution reads.
+def find_map_operations(model: Any, excluded: Collection[str] = ()) -> list[str]:
+    """Return the names of an OpenVINO model's operations of `BETWEEN` on feature maps that int8 convolutions read.
 
-    They are the residual connections of a backbone and the top-down sums of a pyramid. In floating point, each would
-    turn the int8 output of a convolution into fp32 and back. Additions of box decoding do not count: no convolution
-    reads them.
+    The sums are the residual connections of a backbone and the top-down sums of a pyramid. In floating point, each
+    would turn the int8 output of a convolution into fp32 and back. Additions of box decoding do not count: no
+    convolution reads them.
+
+    Args:
+        model: OpenVINO's model.
+        excluded: Names of the convolutions that stay in floating point.
     """
     return [
         node.get_friendly_name()
         for node in model.get_ops()
-        if node.get_type_name() == "Add"
-        and all(value.get_node().get_type_name() != "Constant" for value in node.input_values())
-        and _is_read_by_convolution(node)
+        if node.get_type_name() in BETWEEN
+        and (node.get_type_name() != "Add" or not _has_constant(node))
+        and _is_read_by_convolution(node, excluded)
     ]
 
 
-def _is_read_by_convolution(node: Any) -> bool:
-    """Return whether a convolution reads a map, directly or after `MAP_OPERATIONS`."""
+def _has_constant(node: Any) -> bool:
+    return any(value.get_node().get_type_name() == "Constant" for value in node.input_values())
+
+
+def _is_read_by_convolution(node: Any, excluded: Collection[str]) -> bool:
+    """Return whether a convolution that is not excluded reads a map, directly or after `MAP_OPERATIONS`."""
     waiting, known = [node], {node.get_friendly_name()}
     while waiting:
         for use in chain.from_iterable(output.get_target_inputs() for output in waiting.pop().outputs()):
             user = use.get_node()
             kind, name = user.get_type_name(), user.get_friendly_name()
-            if kind in ("Convolution", "GroupConvolution") and use.get_index() == 0:
+            if kind in ("Convolution", "GroupConvolution") and use.get_index() == 0 and name not in excluded:
                 return True
             if kind in MAP_OPERATIONS and (kind == "Add" or use.get_index() == 0) and name not in known:
                 known.add(name)
