@@ -7,9 +7,10 @@ from typing import Any
 
 from rich.markup import escape
 from typer import BadParameter
+from typer.main import get_command
 
 from fusedet.cli import benchmark, commands, conversions, datasets, serving  # noqa: F401  (registers the commands)
-from fusedet.cli.common import app, err, name_program
+from fusedet.cli.common import COMMON, app, err, name_program
 from fusedet.engine.signals import Interrupted
 from fusedet.errors import InputError, StorageError
 
@@ -21,9 +22,14 @@ JOINT_COMMANDS = ("train", "val")
 
 def run(arguments: list[str] | None = None) -> int:
     """Run a command line, by default that of `sys.argv`, and return its exit code."""
-    command = (sys.argv[1:] if arguments is None else arguments)[:1]
+    words = sys.argv[1:] if arguments is None else arguments
+    command, name = words[:1], "fusedet"
+    called: Any = get_command(app)
+    if words[1:] in (["--help"], ["-h"]) and words[0] in called.commands:
+        # the application has options whose values are converted first, by pydantic: it takes as long as the rest
+        called, name, words = called.commands[words[0]], f"fusedet {words[0]}", words[1:]
     try:
-        return int(app(arguments, prog_name="fusedet", standalone_mode=False) or 0)
+        return int(called.main(words, prog_name=name, standalone_mode=False, **COMMON["context_settings"]) or 0)
     except USAGE_ERROR as error:  # typer words a wrong choice as a "Value error"
         return _report(error.format_message().replace("Value error, ", ""), error.exit_code, command)
     except InputError as error:
