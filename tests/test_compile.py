@@ -51,7 +51,7 @@ CHOSEN = (
     *("retinanet", "vfnet", "reppoints", "faster_rcnn", "mask_rcnn", "grid_rcnn", "cascade_rcnn", "tridentnet"),
     *("ddod", "tood", "yolof", "borderdet"),
 )
-"""Those whose forward pass or `detect` has operations of their own; the others are compiled by make soak."""
+"""Compiled by make test-all; the others by make soak."""
 LEVELS = {
     "yolof": [],  # has one
     "tridentnet": [],  # has one

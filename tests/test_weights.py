@@ -496,14 +496,9 @@ def make_mmdetection(request: pytest.FixtureRequest) -> Any:
     return {"state_dict": state, "meta": {"mmdet_version": "1.0.0"}}
 
 
+TORCHVISION = ("fasterrcnn_resnet50_fpn_v2", "maskrcnn_resnet50_fpn", "retinanet_resnet50_fpn", "fcos_resnet50_fpn")
 REAL = [
-    *(
-        (f"torchvision/{name}", make_torchvision(name), pytest.mark.soak)
-        for name in (
-            *("fasterrcnn_resnet50_fpn_v2", "maskrcnn_resnet50_fpn"),
-            *("retinanet_resnet50_fpn", "fcos_resnet50_fpn"),
-        )
-    ),
+    *((f"torchvision/{name}", make_torchvision(name), pytest.mark.soak) for name in TORCHVISION),
     ("mmdet/retinanet_r18_fpn_1x_coco", make_mmdetection, ()),
 ]
 

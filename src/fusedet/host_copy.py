@@ -30,7 +30,7 @@ def copy_to_host(value: ValueT) -> ValueT:
 def _copy(value: Any, streams: dict[torch.device, Any]) -> Any:
     if isinstance(value, Tensor):
         if not value.is_cuda:
-            return value.cpu()  # the same tensor where it is on the CPU; MPS has no asynchronous copy with an event
+            return value.cpu()  # the same tensor where it is on the CPU; MPS has no copy to synchronize with later
         if value.device not in streams:
             streams[value.device] = torch.cuda.current_stream(value.device)
         return value.detach().to("cpu", non_blocking=True)

@@ -48,8 +48,8 @@ FLOATING_POINT = (
 
 NNCF's defaults quantize coordinates of boxes to 256 values.
 """
-BETWEEN = ("Add", "AvgPool", "Interpolate")
-"""OpenVINO's operations that NNCF quantizes beside convolutions."""
+INT8_MAP_OPERATIONS = ("Add", "AvgPool", "Interpolate")
+"""OpenVINO's operations on feature maps, beside convolutions, that NNCF puts into int8."""
 MAP_OPERATIONS = ("Add", "Relu", "MaxPool", "AvgPool", "Interpolate")
 """OpenVINO's operations between the sum of two feature maps and the convolution that reads it."""
 REGRESSION = ("reg", "refine", "pts_init", "pts_refine")
@@ -130,7 +130,7 @@ def quantize_openvino(source: Path, inputs: InputSource, excluded: Sequence[str]
     names, layers = [node.get_friendly_name() for node in model.get_ops()], set(excluded)
     # a convolution with a bias becomes two operations, of which the first has a suffix
     kept = {name for name in names if name.partition("/")[0] in layers}
-    between = {node.get_friendly_name() for node in model.get_ops() if node.get_type_name() in BETWEEN}
+    between = {node.get_friendly_name() for node in model.get_ops() if node.get_type_name() in INT8_MAP_OPERATIONS}
     kept |= between - set(find_map_operations(model, kept))
     types = [name for name in FLOATING_POINT if name != "Add"]
     ignored = nncf.IgnoredScope(types=types, names=sorted(kept), validate=False)
@@ -141,7 +141,7 @@ def quantize_openvino(source: Path, inputs: InputSource, excluded: Sequence[str]
 
 
 def find_map_operations(model: Any, excluded: Collection[str] = ()) -> list[str]:
-    """Return the names of an OpenVINO model's operations of `BETWEEN` on feature maps that int8 convolutions read.
+    """Return the names of an OpenVINO model's `INT8_MAP_OPERATIONS` whose maps an int8 convolution reads.
 
     The sums are the residual connections of a backbone and the top-down sums of a pyramid. In floating point, each
     would turn the int8 output of a convolution into fp32 and back. Additions of box decoding do not count: no
@@ -154,7 +154,7 @@ def find_map_operations(model: Any, excluded: Collection[str] = ()) -> list[str]
     return [
         node.get_friendly_name()
         for node in model.get_ops()
-        if node.get_type_name() in BETWEEN
+        if node.get_type_name() in INT8_MAP_OPERATIONS
         and (node.get_type_name() != "Add" or not _has_constant(node))
         and _is_read_by_convolution(node, excluded)
     ]
