@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss
 
-from fakes import Call, check_export
+from fakes import Call, check_export, maps
 from fusedet.models.detectors import create_model
 from fusedet.models.heads import HEADS, FCOSHead
 from fusedet.models.heads.fcos import centerness
@@ -29,13 +29,6 @@ def objects(*boxes: list[float], labels: list[int] | None = None) -> Target:
         torch.tensor(boxes, dtype=torch.float).reshape(-1, 4),
         torch.tensor(labels or [0] * len(boxes), dtype=torch.int64),
     )
-
-
-def maps(size: tuple[int, int] = (64, 96), n: int = 2, levels: Levels = LEVELS) -> list[Tensor]:
-    return [
-        torch.randn(n, c, math.ceil(size[0] / s), math.ceil(size[1] / s))
-        for c, s in zip(levels.channels, levels.strides)
-    ]
 
 
 def points(*levels: tuple[int, list[tuple[float, float]]]) -> Priors:
@@ -139,7 +132,7 @@ def slow(rule: PointInBoxAssigner, priors: Priors, target: Target) -> list[int]:
 def test_assignment_against_a_loop(seed: int, count: int, radius: float | None, chunk: int) -> None:
     torch.manual_seed(seed)
     levels = Levels((1, 1, 1), (4, 8, 16))
-    priors = grid_priors(maps((32, 48), 1, levels), levels, [make_base_points(s) for s in levels.strides], offset=0.5)
+    priors = grid_priors(maps(levels, (32, 48), 1), levels, [make_base_points(s) for s in levels.strides], offset=0.5)
     corners = torch.randint(0, 12, (count, 2)) * 2.0  # a coarse grid makes ties
     boxes = torch.cat([corners, corners + 2.0 * torch.randint(1, 12, (count, 2))], dim=1)
     rule = PointInBoxAssigner((8, 14), radius)
@@ -234,7 +227,7 @@ def test_losses_against_a_loop(options: dict, targets: list[Target]) -> None:
     for m in (head.cls, head.reg, head.centerness):
         nn.init.normal_(m.weight, std=0.1)
     nn.init.constant_(head.reg.bias, 1.0)
-    outputs = head(maps())
+    outputs = head(maps(LEVELS))
     losses = head.loss(outputs, targets)
     expected = literal(head, outputs, targets)
     assert list(losses) == list(expected) == list(head.loss_weights)
@@ -249,7 +242,7 @@ def test_losses_against_a_loop(options: dict, targets: list[Target]) -> None:
 def test_decode_is_the_inverse_of_the_targets(options: dict) -> None:
     """Maps equal to the targets decode to the instances' boxes and have no box loss."""
     head = FCOSHead(LEVELS, 3, convs=0, ranges=(16, 32, 64, 128), **options)
-    outputs = head(maps(n=1))
+    outputs = head(maps(LEVELS, n=1))
     priors = outputs.priors
     assigned = head.assigner.assign(priors, SOME)
     wanted = boxes_to_distances(box_centers(priors.boxes), SOME.boxes[assigned.clamp(min=0)])
@@ -271,14 +264,14 @@ def test_scales_act_before_the_exponential() -> None:
     nn.init.zeros_(head.reg.weight)
     nn.init.constant_(head.reg.bias, 0.5)
     head.scales.data = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
-    for i, distances in enumerate(head(maps()).maps["reg"]):
+    for i, distances in enumerate(head(maps(LEVELS)).maps["reg"]):
         assert torch.allclose(distances, torch.tensor(0.5 * (i + 1)).exp())
 
 
 def test_centerness_from_either_tower() -> None:
     for on_box in (False, True):
         head = FCOSHead(LEVELS, 3, convs=1, centerness_on_box=on_box)
-        sum(m.sum() for m in head(maps()).maps["centerness"]).backward()
+        sum(m.sum() for m in head(maps(LEVELS)).maps["centerness"]).backward()
         assert all((p.grad is not None) == on_box for p in head.towers.reg.parameters())
         assert all((p.grad is None) == on_box for p in head.towers.cls.parameters())
 
@@ -293,7 +286,7 @@ def test_interaction_lies_between_towers_and_predictions() -> None:
             return self.gain * box, cls
 
     head = FCOSHead(LEVELS, 3, interact=Swap, convs=1)
-    (feature, *_) = features = maps()
+    (feature, *_) = features = maps(LEVELS)
     expected = head.cls(2 * head.towers.reg(feature))
     assert torch.allclose(head(features).maps["cls"][0], expected, atol=1e-6)
 
@@ -301,7 +294,7 @@ def test_interaction_lies_between_towers_and_predictions() -> None:
 def test_every_point_starts_with_the_prior_score() -> None:
     head = FCOSHead(LEVELS, 3, convs=1, prior=0.02)
     nn.init.zeros_(head.cls.weight)
-    assert torch.allclose(head.decode(head(maps())).scores, torch.tensor(0.02))
+    assert torch.allclose(head.decode(head(maps(LEVELS))).scores, torch.tensor(0.02))
 
 
 def test_centerness_orders_but_does_not_filter() -> None:
@@ -312,7 +305,7 @@ def test_centerness_orders_but_does_not_filter() -> None:
     nn.init.constant_(head.cls.bias, math.log(0.5 / 0.5))
     nn.init.constant_(head.centerness.bias, math.log(0.01 / 0.99))
     nn.init.constant_(head.reg.bias, 1.0)
-    outputs = head(maps(n=1))
+    outputs = head(maps(LEVELS, n=1))
     detections = select_detections(head.decode(outputs), torch.tensor([[64, 96]]), outputs.priors.counts, score=0.05)
     count = int(detections.counts)
     assert count == 100
@@ -321,7 +314,7 @@ def test_centerness_orders_but_does_not_filter() -> None:
 
 def test_bf16_channels_last_and_autocast() -> None:
     head = FCOSHead(LEVELS, 3, convs=2, **TRICKS)
-    features = [f.contiguous(memory_format=torch.channels_last) for f in maps()]
+    features = [f.contiguous(memory_format=torch.channels_last) for f in maps(LEVELS)]
     with torch.autocast("cpu", torch.bfloat16):
         outputs = head(features)
         losses = head.loss(outputs, [SOME, EMPTY])
@@ -349,7 +342,7 @@ def test_export(options: dict) -> None:
         return select_detections(head.decode(outputs), sizes, outputs.priors.counts, score=0.005)[:4]
 
     model = Call(FCOSHead(wide, 3, convs=1, **options).eval(), detect)
-    detections = check_export(model, (maps(n=1, levels=wide),), (maps(n=1, levels=wide),))
+    detections = check_export(model, (maps(wide, n=1),), (maps(wide, n=1),))
     assert int(detections[3]) > 0
 
 

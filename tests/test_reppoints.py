@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fakes
-from fakes import Call, LargestTensor, many, objects
+from fakes import Call, LargestTensor, many, maps, objects
 from fusedet.errors import InputError
 from fusedet.models.detectors import create_model, prepare_for_inference
 from fusedet.models.heads import RepPointsHead
@@ -17,7 +17,7 @@ from fusedet.models.ops import point_assigner
 from fusedet.models.ops.assigners import BACKGROUND, IGNORED
 from fusedet.models.ops.boxes import box_centers, grid_priors, make_base_points
 from fusedet.models.ops.point_assigner import PointAssigner
-from fusedet.types import Batch, Features, Levels, Outputs, Priors, Target
+from fusedet.types import Batch, Levels, Outputs, Priors, Target
 
 LEVELS = Levels((32,) * 5, (8, 16, 32, 64, 128))
 
@@ -28,10 +28,6 @@ SOME = objects([[4, 4, 30, 30], [10, 20, 60, 44]], [0, 2])
 
 def make(**options: object) -> RepPointsHead:
     return RepPointsHead(LEVELS, 3, **({"convs": 1} | options))
-
-
-def maps(size: tuple[int, int] = (64, 96), n: int = 2, levels: Levels = LEVELS) -> Features:
-    return fakes.maps(levels, size, n)
 
 
 def grid(*cells: tuple[int, int], strides: tuple[int, ...] | None = None) -> Priors:
@@ -235,7 +231,7 @@ def test_features_are_sampled_at_the_initial_points() -> None:
 
 def test_initial_points_receive_a_tenth_of_the_gradient() -> None:
     """By the scores, and by the refined points, which take the initial ones themselves as constants."""
-    features, gradients = maps((64, 64)), {}
+    features, gradients = maps(LEVELS, (64, 64)), {}
     head = spread(make())
     for factor in (0.0, 0.1, 1.0):
         head.gradient_mul = factor
@@ -253,7 +249,7 @@ def test_initial_points_and_scores() -> None:
     head = make(prior=0.02)
     for p in (*head.pts_init.parameters(), *head.pts_refine.parameters(), head.cls.weight):
         nn.init.zeros_(p)
-    outputs = head(maps())
+    outputs = head(maps(LEVELS))
     boxes, scores, quality = head.decode(outputs)
     assert torch.equal(boxes[0], box_centers(outputs.priors.boxes).repeat(1, 2))
     assert torch.allclose(scores, torch.tensor(0.02))
@@ -281,7 +277,7 @@ def test_loss_against_a_loop(beta: float) -> None:
     """The losses, cell by cell in double precision, on an image with objects and one without."""
     head = spread(make(beta=beta))
     head.moment_transfer.data = torch.tensor([0.3, -0.2])
-    outputs = head(maps())
+    outputs = head(maps(LEVELS))
     losses = head.loss(outputs, [SOME, EMPTY])
     priors = outputs.priors
     rows = {
@@ -341,12 +337,12 @@ def test_loss_against_a_loop(beta: float) -> None:
 
 
 def test_interaction_replaces_both_branches() -> None:
-    assert fakes.swaps_branches(make, maps())
+    assert fakes.swaps_branches(make, maps(LEVELS))
 
 
 def test_bfloat16() -> None:
     """Under autocast, and with weights in bfloat16, points stay float32 and their boxes near those of float32."""
-    head, features = spread(make()), maps()
+    head, features = spread(make()), maps(LEVELS)
     exact = head.decode(head(features))[0]
     with torch.autocast("cpu", torch.bfloat16):
         outputs = head(features)
@@ -368,11 +364,11 @@ def test_bfloat16() -> None:
 def test_exports() -> None:
     few = Levels((32,) * 2, (8, 16))
     decode = Call(spread(RepPointsHead(few, 3, convs=1)).eval(), lambda head, features: head.decode(head(features))[:2])
-    fakes.check_export(decode, (maps(levels=few),), (maps(levels=few),))
+    fakes.check_export(decode, (maps(few),), (maps(few),))
 
 
 def test_channels_last_is_the_same() -> None:
-    head, features = spread(make(norm=True)), maps()
+    head, features = spread(make(norm=True)), maps(LEVELS)
     boxes, scores, _ = head.decode(head(features))
     head.to(memory_format=torch.channels_last)
     again = head.decode(head([f.to(memory_format=torch.channels_last) for f in features]))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import box_iou, roi_align
 
-from fakes import objects
+from fakes import maps, objects
 from fusedet.errors import InputError
 from fusedet.models.ops.regression_losses import balanced_l1_loss, l1_loss, smooth_l1_loss
 from fusedet.models.ops.roi_align_cpu import roi_align_cpu
@@ -27,10 +27,6 @@ ALL = 10**6
 
 EMPTY = objects([])
 SOME = objects([[4, 4, 36, 30], [10, 20, 60, 64], [70, 3, 90, 13]], [0, 2, 1])
-
-
-def maps(n: int = 2) -> list[Tensor]:
-    return [torch.randn(n, 8, 64 // s, 96 // s) for s in LEVELS.strides]
 
 
 def boxes(count: int, width: float = 96, height: float = 64) -> Tensor:
@@ -85,7 +81,7 @@ def test_roi_is_pooled_from_its_level(side: float, level: int) -> None:
 
 
 def test_half_precision_does_not_shift_pooling() -> None:
-    features = maps()
+    features = maps(LEVELS)
     rois = torch.cat([torch.zeros(5, 1), boxes(5)], dim=1)
     exact = LevelPooling(LEVELS)(features, rois)
     half = LevelPooling(LEVELS)([f.bfloat16() for f in features], rois)
@@ -269,7 +265,7 @@ def test_stage_loss_against_a_loop(agnostic: bool, kind: str, targets: list[Targ
     made = stage(class_agnostic=agnostic, loss=kind)
     near = SOME.boxes.repeat(4, 1) + 6 * torch.rand(12, 4)
     samples = made.sample(proposed(torch.cat([boxes(9), near]), near[:5]), targets)
-    raw = made(maps(), samples.rois)
+    raw = made(maps(LEVELS), samples.rois)
     losses = made.loss(raw, samples, targets)
     wanted = literal_loss(made, raw[0].detach(), raw[1].detach(), samples, targets, kind)
     assert float(losses["loss_cls"].detach()) == pytest.approx(wanted[0], rel=1e-4)
@@ -285,7 +281,7 @@ def test_stage_loss_against_a_loop(agnostic: bool, kind: str, targets: list[Targ
 def test_loss_without_samples() -> None:
     made = stage()
     nothing = RoISamples(torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
-    features = [m.requires_grad_() for m in maps()]
+    features = [m.requires_grad_() for m in maps(LEVELS)]
     losses = made.loss(made(features, nothing.rois), nothing, [EMPTY, EMPTY])
     assert all(float(v.detach()) == 0 for v in losses.values())
     sum(losses.values()).backward()
@@ -318,12 +314,12 @@ def test_decoding_and_refinement_by_hand(agnostic: bool) -> None:
 def test_stage_without_regression_keeps_the_boxes() -> None:
     made = stage(regress=False)
     rois = boxes_to_rois(boxes(6).reshape(2, 3, 4))
-    raw = made(maps(), rois)
+    raw = made(maps(LEVELS), rois)
     assert raw[1] is None
     assert torch.equal(made.decode(raw, rois, torch.tensor([3, 3])).boxes.flatten(0, 1), rois[:, 1:])
     assert made.loss_weights == {"loss_cls": 1.0}
     samples = made.sample(proposed(boxes(4)), [SOME])
-    assert list(made.loss(made(maps(1), samples.rois), samples, [SOME])) == ["loss_cls"]
+    assert list(made.loss(made(maps(LEVELS, n=1), samples.rois), samples, [SOME])) == ["loss_cls"]
 
 
 @pytest.mark.parametrize(
@@ -350,7 +346,7 @@ def test_bad_options_are_refused() -> None:
 def test_dynamic_statistics_follow_the_proposals() -> None:
     """Two images, an update after two steps, by hand: the k-th largest IoUs and the k-th smallest shifts."""
     made = DynamicStage(LEVELS, 3, channels=16, num=ALL, fraction=1.0, interval=2, iou_topk=4, beta_topk=3)
-    features, targets = maps(), [SOME, objects([[20, 20, 50, 50]], [1])]
+    features, targets = maps(LEVELS), [SOME, objects([[20, 20, 50, 50]], [1])]
     overlaps, shifts = [], []
     for step in range(2):
         given = [
@@ -391,14 +387,14 @@ def test_dynamic_statistics_without_instances_and_without_gradients() -> None:
     made = DynamicStage(LEVELS, 3, channels=16, num=ALL, interval=2, initial_iou=0.45)
     for targets in ([EMPTY, EMPTY],) * 2:
         samples = made.sample(proposed(boxes(5), boxes(4)), targets)
-        losses = made.loss(made(maps(), samples.rois), samples, targets)
+        losses = made.loss(made(maps(LEVELS), samples.rois), samples, targets)
         assert all(v.isfinite() for v in losses.values())
     assert float(made.threshold) == pytest.approx(0.45)
     assert float(made.beta) == 1.0  # no shift was recorded
     before = {k: v.clone() for k, v in made.state_dict().items()}
     with torch.no_grad():
         samples = made.sample(proposed(boxes(5)), [SOME])
-        made.loss(made(maps(1), samples.rois), samples, [SOME])
+        made.loss(made(maps(LEVELS, n=1), samples.rois), samples, [SOME])
     assert all(torch.equal(v, made.state_dict()[k]) for k, v in before.items())
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from fakes import objects
+from fakes import maps, objects
 from fusedet.errors import InputError
 from fusedet.models.heads import RPNHead
 from fusedet.models.ops.boxes import MAX_RATIO
@@ -22,13 +22,6 @@ SOME = objects([[4, 4, 36, 30], [10, 20, 60, 64], [70, 3, 90, 13]], [0, 2, 1])
 SIZES = torch.tensor([[64, 96], [50, 77]])
 
 
-def maps(size: tuple[int, int] = (64, 96), n: int = 2) -> list[Tensor]:
-    return [
-        torch.randn(n, c, math.ceil(size[0] / s), math.ceil(size[1] / s))
-        for c, s in zip(LEVELS.channels, LEVELS.strides)
-    ]
-
-
 def varied(**options: object) -> RPNHead:
     """A head whose scores and boxes differ from cell to cell."""
     head = RPNHead(LEVELS, **options)
@@ -40,7 +33,7 @@ def varied(**options: object) -> RPNHead:
 def test_maps_and_initialization() -> None:
     head = RPNHead(LEVELS, num_classes=7)
     assert head.num_classes == 1
-    outputs = head(maps())
+    outputs = head(maps(LEVELS))
     assert [m.shape for m in outputs.maps["cls"]] == [(2, 3, 16, 24), (2, 3, 8, 12), (2, 3, 4, 6)]
     assert [m.shape for m in outputs.maps["reg"]] == [(2, 12, 16, 24), (2, 12, 8, 12), (2, 12, 4, 6)]
     assert sum(p.numel() for p in RPNHead(Levels((256,) * 5, (4, 8, 16, 32, 64))).parameters()) == 593_935
@@ -102,7 +95,7 @@ def literal_loss(outputs: Outputs, targets: list[Target], beta: float | None = N
 )
 def test_loss_against_a_loop(targets: list[Target], loss: str) -> None:
     head = varied(num=ALL, loss=loss)
-    outputs = head(maps((40, 56)))
+    outputs = head(maps(LEVELS, (40, 56)))
     losses = head.loss(outputs, targets)
     cls, box = literal_loss(outputs, targets, 1 / 9 if loss == "smooth_l1" else None)
     assert float(losses["loss_rpn_cls"].detach()) == pytest.approx(cls, rel=1e-4)
@@ -113,7 +106,7 @@ def test_loss_against_a_loop(targets: list[Target], loss: str) -> None:
 
 def test_all_parameters_have_gradients_and_the_seed_determines_samples() -> None:
     head = varied(num=8)
-    outputs = head(maps())
+    outputs = head(maps(LEVELS))
     losses = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
@@ -157,7 +150,7 @@ def literal_proposals(head: RPNHead, outputs: Outputs, sizes: Tensor, pre_nms: i
 def test_proposals_against_a_loop() -> None:
     head = varied(proposals=40)
     with torch.no_grad():
-        outputs = head(maps((40, 56)))
+        outputs = head(maps(LEVELS, (40, 56)))
     sizes = torch.tensor([[40, 56], [20, 25]])
     proposals = head.propose(outputs, sizes, pre_nms=60)
     for i, wanted in enumerate(literal_proposals(head, outputs, sizes, 60, 40)):
@@ -172,7 +165,7 @@ def test_proposals_against_a_loop() -> None:
 
 def test_training_has_its_own_limits() -> None:
     head = varied(proposals=5, train_proposals=70, train_pre_nms=30)
-    outputs = head(maps())
+    outputs = head(maps(LEVELS))
     assert head.propose(outputs, SIZES).boxes.shape == (2, 5, 4)
     assert head.propose(outputs, SIZES, to_train=True).boxes.shape == (2, 70, 4)
     assert head.propose(outputs, SIZES, pre_nms=1).counts.tolist() == [3, 3]  # one of each level
@@ -181,7 +174,7 @@ def test_training_has_its_own_limits() -> None:
 @pytest.mark.parametrize("size", [(33, 47), (4, 4)])
 def test_tiny_images(size: tuple[int, int]) -> None:
     head = RPNHead(LEVELS)
-    outputs = head(maps(size))
+    outputs = head(maps(LEVELS, size))
     proposals = head.propose(outputs, torch.tensor([size] * 2))
     assert (proposals.counts > 0).all()
     assert proposals.boxes.amin() >= 0

@@ -12,7 +12,7 @@ from torch import nn
 from torchvision.ops import box_iou
 
 import fakes
-from fakes import Call, LargestTensor, many, objects
+from fakes import Call, LargestTensor, many, maps, objects
 from fusedet.models.detectors import create_model
 from fusedet.models.heads import VFNetHead
 from fusedet.models.ops import atss
@@ -21,7 +21,7 @@ from fusedet.models.ops.atss import ATSSAssigner
 from fusedet.models.ops.boxes import aligned_iou, box_centers, grid_priors, make_base_points
 from fusedet.models.ops.deformable import DeformConv, DeformPack
 from fusedet.models.ops.quality_losses import varifocal_loss
-from fusedet.types import Features, Levels, Outputs, Priors, Target
+from fusedet.types import Levels, Outputs, Priors, Target
 
 LEVELS = Levels((32,) * 5, (8, 16, 32, 64, 128))
 
@@ -32,10 +32,6 @@ SOME = objects([[4, 4, 30, 30], [10, 20, 60, 44]], [0, 2])
 
 def make(**options: object) -> VFNetHead:
     return VFNetHead(LEVELS, 3, convs=1, **options)
-
-
-def maps(size: tuple[int, int] = (64, 96), n: int = 2, levels: Levels = LEVELS) -> Features:
-    return fakes.maps(levels, size, n)
 
 
 def grid(*cells: tuple[int, int], scale: float = 8.0, first: int = 8) -> Priors:
@@ -213,7 +209,7 @@ def test_units_of_the_distances(norm: str, unit: int) -> None:
     head = make(box_norm=norm, prior=0.02)
     for p in (*head.reg.parameters(), *head.refine.parameters(), head.cls.weight):
         nn.init.zeros_(p)
-    outputs = head(maps())
+    outputs = head(maps(LEVELS))
     for name in ("reg", "refine"):
         for m, stride in zip(outputs.maps[name], LEVELS.strides):
             assert torch.equal(m, torch.full_like(m, unit * stride))
@@ -240,7 +236,7 @@ def test_decode_by_hand() -> None:
 def test_loss_against_a_loop() -> None:
     """The paper's loss, positive by positive in double precision, on an image with objects and one without."""
     head = make()
-    outputs = head(maps())
+    outputs = head(maps(LEVELS))
     losses = head.loss(outputs, [SOME, EMPTY])
     assigned = head.assigner.assign(outputs.priors, SOME).tolist()
     rows = {
@@ -277,12 +273,12 @@ def test_loss_against_a_loop() -> None:
 
 
 def test_interaction_replaces_both_branches() -> None:
-    assert fakes.swaps_branches(make, maps())
+    assert fakes.swaps_branches(make, maps(LEVELS))
 
 
 def test_bfloat16() -> None:
     """Under autocast, and with weights in bfloat16, boxes stay float32 and near those of float32."""
-    head, features = make(deformable_last=True), maps()
+    head, features = make(deformable_last=True), maps(LEVELS)
     exact = head(features)
     with torch.autocast("cpu", torch.bfloat16):
         outputs = head(features)
@@ -304,7 +300,7 @@ def test_exports() -> None:
     levels = Levels((32, 32), (16, 32))
     head = VFNetHead(levels, 3, convs=1, deformable_last=True).eval()
     decode = Call(head, lambda head, features: head.decode(head(features))[:2])
-    fakes.check_export(decode, (maps(levels=levels),), (maps(levels=levels),))
+    fakes.check_export(decode, (maps(levels),), (maps(levels),))
 
 
 def test_parameter_counts() -> None:
