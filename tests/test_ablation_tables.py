@@ -1,5 +1,7 @@
 """Ablation tables: what a file may contain, how a row becomes a config, and the errors of wrong tables."""
 
+import re
+import subprocess
 from itertools import product
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import pytest
 from fusedet import ablation, config
 from fusedet.ablation import Table, spec
 from fusedet.errors import InputError
+from fusedet.models.detectors import build_meta_detector
 from fusedet.models.necks import NECKS
 
 MINE = """
@@ -279,3 +282,32 @@ def test_modules_together_has_every_combination_once() -> None:
     assert len(switched) == 8
     assert set(switched) == set(product((False, True), repeat=3))
     assert (plain.plugin, plain.interact) == (None, None)
+
+
+# -- documented commands
+
+EVIDENCE = Path(__file__).parents[1] / "docs" / "evidence" / "README.md"
+ARGUMENTS = """fusedet() { printf '%s\\x1f' "$@"; printf '\\x1e'; }"""
+"""A shell function that prints the arguments of a documented call, separated by control characters."""
+
+
+def list_documented_ablations() -> list[list[str]]:
+    """The arguments of every `fusedet ablate` on the page of the evidence, as a shell passes them."""
+    blocks = re.findall(r"^```console\n(.*?)^```", EVIDENCE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    script = "\n".join([ARGUMENTS, *blocks]).replace("\n$ ", "\n")
+    printed = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout
+    return [call.split("\x1f")[1:-1] for call in printed.split("\x1e") if call.startswith("ablate\x1f")]
+
+
+@pytest.mark.parametrize("name", ["necks", "smsl_table1", "msil_table2", "modules_together"])
+def test_every_row_of_a_documented_ablation_can_be_built(name: str) -> None:
+    calls = {
+        tuple(o for o in call if "=" in o and "weights=" not in o)
+        for call in list_documented_ablations()
+        if call[0] == name
+    }
+    table = ablation.load_table(name)
+    assert calls
+    for overrides in calls:
+        for row in table.rows:
+            build_meta_detector(row.config(table, *overrides), 3)

@@ -124,7 +124,7 @@ def test_a_schedule_keeps_the_warm_up_of_mmdetection() -> None:
         )
         assert (fcos.warmup_ratio, vfnet.warmup_ratio) == (pytest.approx(1 / 3, abs=1e-4), 0.1)
         assert (fcos.warmup, vfnet.warmup, grid.warmup) == ("constant", "linear", "linear")
-        assert grid.warmup_steps == 3665
+        assert (grid.warmup_steps, grid.warmup_ratio) == (3665, 1 / 80)
         assert config.load("fcos_r50_dcn", [f"train.schedule={schedule}"]).train.warmup == "linear"
 
 

@@ -182,6 +182,7 @@ def test_rows_have_the_printed_backbone_and_recipe(table: Table, ours: Row, thei
     # whatever the schedule is
     steps, ratio = (500, 0.001) if table.name in PRINTED_WARM_UP else WARM_UPS.get(wanted["detector"], (500, 0.001))
     assert (made.train.warmup_steps, made.train.warmup_ratio) == (steps, pytest.approx(ratio, rel=1e-3))
+    assert made.train.warmup == ("constant" if wanted["detector"] == "fcos" else "linear")
     # 0.02 for two stages and, by their text, for all of MSFM and MSE-FPN, at 16 images
     dense = wanted["detector"] in ("retinanet", "fcos", "vfnet", "reppoints")
     assert made.train.lr == (0.01 if dense and table.name.startswith(("smsl", "msil")) else 0.02)
@@ -389,8 +390,8 @@ def test_notes_say_the_cost() -> None:
         made = {r.label: r.config(shipped) for r in shipped.rows if r.label in (row.label, beside)[: len(costs)]}
         counted = count_costs(made, 80)
         for label, cost in zip((row.label, beside), costs):
-            figures = counted[label]
-            assert cost == (f"{figures['trainable'] / 1e6:.2f}", f"{figures['multiply_adds'] / 1e9:.1f}"), row.label
+            counts = (counted[label]["trainable"] / 1e6, counted[label]["multiply_adds"] / 1e9)
+            assert cost == tuple(f"{n:.{len(c.partition('.')[2])}f}" for n, c in zip(counts, cost)), row.label
 
 
 def test_single_scale_rows_are_the_others_without_scales() -> None:
