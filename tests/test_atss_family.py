@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import box_iou, deform_conv2d
 
-from fakes import Call, batch, check_export, detect, objects
 from fusedet.models.detectors import create_model
 from fusedet.models.heads import DDODHead, PAAHead, TOODHead
 from fusedet.models.heads.task_decomposition import sample_boxes
@@ -24,7 +23,6 @@ from fusedet.models.ops.regression_losses import distribution_focal_loss
 from fusedet.models.ops.task_aligned import TaskAlignedAssigner
 from fusedet.models.protocols import EpochDependent, SelectingHead
 from fusedet.types import Candidates, Levels, Priors, Target
-from small import ATSS_FAMILY, make
 
 LEVELS = Levels((32, 32), (8, 16))
 COUNTS = {
@@ -45,16 +43,6 @@ def test_trainable_parameters(name: str) -> None:
     with torch.device("meta"):
         model = create_model(name, "model.backbone.pretrained=false")
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == COUNTS[name]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ATSS_FAMILY)
-def test_detection_exports(name: str) -> None:
-    model = make(name).eval()
-    model.head.cls.bias.data += 4
-    first, second = (batch(objects([])).images for _ in range(2))
-    sizes = torch.tensor([[64, 96]])
-    assert int(check_export(Call(model, detect), (first, sizes), (second, sizes))[3]) > 0
 
 
 # -- PAA

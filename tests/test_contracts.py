@@ -436,6 +436,12 @@ def test_shipped_configs_of_resnet18_are_built(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(set(SMALL_NAMES) - set(STEPPED)))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.soak) if name in ("tridentnet_r18", "double_head_rcnn_r18") else name
+        for name in sorted(set(SMALL_NAMES) - set(STEPPED))
+    ],
+)
 def test_shipped_configs_of_resnet18_make_a_training_step(name: str) -> None:
     check_training_step(name)

@@ -61,7 +61,8 @@ TOLERANCE = {"losses": 1e-5, "detections": 1e-4}
 """Relative to the CPU's value, or to 1 where that is less. The device runs some operators in another order."""
 
 FAST = ("retinanet",)
-REST = [name for name in STEP if name not in FAST]
+REST = ("fcos", "vfnet", "reppoints", "tood", "ota", "borderdet", "paa", "faster_rcnn", "mask_rcnn", "cascade_rcnn")
+"""By make test-all, with the modules; all others by make soak."""
 WITH_MODULES = ("retinanet+modules", "fcos+modules", "faster_rcnn+modules", "cascade_rcnn+modules")
 
 
@@ -113,6 +114,13 @@ def test_detectors_and_planted_faults() -> None:
 @pytest.mark.parametrize("name", [*REST, *WITH_MODULES])
 def test_other_detector(name: str, slow_rows: dict[str, dict[str, Any]]) -> None:
     check_detector(slow_rows[name])
+
+
+@pytest.mark.soak
+def test_all_other_detectors() -> None:
+    rows = run_cases(*(name for name in STEP if name not in (*FAST, *REST)))
+    for row in rows.values():
+        check_detector(row)
 
 
 @pytest.mark.slow

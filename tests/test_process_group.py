@@ -104,7 +104,7 @@ sys.exit(cli.run(sys.argv[1:]))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("jobs", [3, pytest.param(20, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("jobs", [2, pytest.param(20, marks=pytest.mark.soak)])
 def test_jobs_in_a_row_exit_with_zero(jobs: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One step on two images each."""
     data = generate_dataset(tmp_path / "data", images=4, size=(64, 64), splits={"train": 0.5, "val": 0.5})
