@@ -32,7 +32,7 @@ WITHOUT_FIGURES = {
     "mse_fpn_table3": {"FPN", "C2, C3, C4, C5", "C3, C4, C5", "C4, C5"},
     "mse_fpn_table4": {"FPN"},
     "mse_fpn_table5": {"FPN"},
-    "mse_fpn_table6": {"FPN"},
+    "mse_fpn_table6": {"FPN", "GCG behind SEM and SIM"},
 }
 # rows of Table 2 with the figures of equal rows of other tables
 FROM_OTHER_TABLES = {"SEM": ("mse_fpn_table4", "(c) both"), "SIM": ("mse_fpn_table5", "SIM")}
