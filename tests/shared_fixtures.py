@@ -79,7 +79,7 @@ PLOTS = {
 """The plots of a training and a validation."""
 
 
-def save_unrendered(figure: Figure, file: Path, **options: Any) -> None:
+def save_unrendered(figure: Figure, file: Any, **options: Any) -> None:
     """Write an empty image in the place of a PNG; other formats are written as usual."""
     if options.get("format") == "png":
         Image.new("RGB", (8, 8)).save(file, format="png")

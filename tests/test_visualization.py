@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from fusedet import visualization
-from fusedet.errors import InputError
+from fusedet.errors import InputError, StorageError
 from fusedet.visualization import colors, training_curves
 from fusedet.visualization.annotators import BoxAnnotation, LineStyle, draw_annotations, truncate_text
 
@@ -285,7 +285,7 @@ def test_unwritable_files_are_named(tmp_path):
     metrics = SIZES
     with pytest.raises(InputError, match="unknown format of the plot"):
         visualization.plot_ap_by_size(metrics, tmp_path / "sizes.gif")
-    with pytest.raises(InputError, match="cannot be written"):
+    with pytest.raises(StorageError, match="cannot be written"):
         visualization.plot_ap_by_size(metrics, tmp_path / "absent" / "sizes.png")
 
 

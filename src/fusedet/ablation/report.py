@@ -11,6 +11,7 @@ from fusedet.ablation.plots import draw_plots, validation_metric
 from fusedet.ablation.render import CITED, COST, NOT_MEASURED, Sheet, format_csv, format_markdown, make_sheets
 from fusedet.ablation.summary_text import Summary, collect_notes, describe_cost, describe_coverage, shorten_path
 from fusedet.api.run_dir import write_json
+from fusedet.atomic_io import write_atomically
 from fusedet.visualization.page import make_faint, make_page, make_plain_table, make_section
 
 PAGE_COLORS = {"#ffffff": "none", "#262626": "currentColor", "#ebebeb": "var(--grid)", "#d4d4d4": "var(--rest)"}
@@ -18,18 +19,22 @@ PAGE_COLORS = {"#ffffff": "none", "#262626": "currentColor", "#ebebeb": "var(--g
 
 
 def write_report(summary: Summary, out: Path) -> dict[str, Path]:
-    """Write a summary into an output directory, over an earlier one; return the files by what they are."""
+    """Write a summary into an output directory, over an earlier one; return the files by what they are.
+
+    Raises:
+        StorageError: A file cannot be written; the earlier one is still whole.
+    """
     written = {
         "table": out / "table.md",
         "spreadsheet": out / "table.csv",
         "data": out / "table.json",
         "page": out / "report.html",
     }
-    written["table"].write_text(format_markdown(summary), encoding="utf-8")
-    written["spreadsheet"].write_text(format_csv(summary), encoding="utf-8")
+    write_atomically(written["table"], format_markdown(summary).encode())
+    write_atomically(written["spreadsheet"], format_csv(summary).encode())
     write_json(written["data"], summary)
     plots = draw_plots(summary, out / "plots")
-    written["page"].write_text(make_report_page(summary, plots), encoding="utf-8")
+    write_atomically(written["page"], make_report_page(summary, plots).encode())
     return written
 
 

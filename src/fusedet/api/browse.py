@@ -74,6 +74,7 @@ def browse(
 
     Raises:
         InputError: The data cannot be read, or the file exists or is of no image format.
+        StorageError: The file cannot be written.
     """
     texts = refuse_other_keys(to_overrides(overrides, settings), *SETTABLE, of="this command")
     options = resolve_config(config, texts)
@@ -95,7 +96,7 @@ def browse(
 def draw_predictions(predictor: Predictor, images: list[Path], target: Path, score: float = 0.3) -> None:
     """Draw predictions of at least `score` on images, into one grid."""
     drawn = [prediction.plot(score=score) for prediction in predictor.stream(images, batch=4)]
-    visualization.draw_image_grid(drawn, [path.name for path in images]).save(target)
+    visualization.save_image(visualization.draw_image_grid(drawn, [path.name for path in images]), target)
 
 
 def _draw_images(config: Config, split: str, images: int, epoch: int, target: Path) -> int:
@@ -118,7 +119,7 @@ def _draw_images(config: Config, split: str, images: int, epoch: int, target: Pa
         if len(drawn) == count:
             break
     target.parent.mkdir(parents=True, exist_ok=True)
-    visualization.draw_image_grid(drawn, captions).save(target)
+    visualization.save_image(visualization.draw_image_grid(drawn, captions), target)
     return count
 
 

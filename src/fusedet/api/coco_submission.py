@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fusedet.api.validate import shorten_list
+from fusedet.atomic_io import open_atomically, write_atomically
 from fusedet.data.dataset import DetectionDataset
 from fusedet.errors import InputError, plural
 from fusedet.evaluation.mask_iou import compute_mask_area, validate_masks
@@ -99,15 +100,21 @@ def write_submission(kinds: dict[str, list[Result]], split: str, name: str, fold
         name: Name of the algorithm. All but letters, digits and "-" becomes "-", because underscores separate the parts
             of the file name.
         folder: The output directory.
+
+    Raises:
+        StorageError: A file cannot be written.
     """
     stem = f"detections_{split}_{re.sub('[^A-Za-z0-9-]+', '-', name).strip('-') or 'fusedet'}_results"
     files = {}
     for kind, rows in kinds.items():
         file = folder / kind / f"{stem}.json"
         file.parent.mkdir()
-        file.write_text(json.dumps(rows, separators=(",", ":")))
+        write_atomically(file, json.dumps(rows, separators=(",", ":")).encode())
         # the server takes one file at the top of the archive, and no folders
-        with zipfile.ZipFile(file.with_suffix(".zip"), "w", zipfile.ZIP_DEFLATED) as archive:
+        with (
+            open_atomically(file.with_suffix(".zip")) as opened,
+            zipfile.ZipFile(opened, "w", zipfile.ZIP_DEFLATED) as archive,
+        ):
             archive.write(file, file.name)
         files[f"submission ({kind})"] = file.with_suffix(".zip")
     return files

@@ -78,6 +78,7 @@ def compare(
         settings: The same settings as `overrides`, by keyword.
 
     Raises:
+        StorageError: A file cannot be written.
         InputError: There are no stored results, or they are not of the same data.
     """
     at_least(40, resamples=resamples)
@@ -127,7 +128,7 @@ def compare(
     if (sheet := _differing(dataset, results, tables)) is None:
         del files["images that differ most"]
     else:
-        sheet.save(files["images that differ most"])
+        visualization.save_image(sheet, files["images that differ most"])
     return Comparison(report, out, files)
 
 

@@ -11,6 +11,7 @@ from fusedet.api import run_dir
 from fusedet.api.results import CommandResult, lines
 from fusedet.api.settings import Settings, to_overrides
 from fusedet.api.weights_cache import save_converted
+from fusedet.atomic_io import write_atomically
 from fusedet.errors import InputError
 
 
@@ -54,6 +55,7 @@ def convert_weights(
 
     Raises:
         InputError: `target` exists, or the checkpoint cannot be converted; nothing is written then.
+        StorageError: A file cannot be written.
     """
     target = Path(target)
     is_file = target.suffix == ".safetensors"
@@ -71,7 +73,7 @@ def convert_weights(
         file = run_dir.create_run_dir(target) / "best.safetensors"
     save_converted(file, converted)
     if not is_file:
-        (target / "config.yaml").write_text(converted.config.to_yaml(), encoding="utf-8")
+        write_atomically(target / "config.yaml", converted.config.to_yaml().encode())
         about = {
             "converted from": str(source),
             "config": None if config is None else str(config),

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from fusedet.atomic_io import write_atomically
 from fusedet.data.annotation_cleaning import find_faults
 from fusedet.data.class_names import label_classes
 from fusedet.data.dataset import DetectionDataset
@@ -56,6 +57,9 @@ def write_page(
         between: What concerns several splits.
         splits: The splits that could be read.
         summary: The findings, the worst first.
+
+    Raises:
+        StorageError: The file cannot be written.
     """
     ok = not any(finding.severity == "error" for finding in summary)
     verdict = "This data can be trained on." if ok else "This data would stop a training."
@@ -74,7 +78,7 @@ def write_page(
         for dataset in splits.values():
             parts += _row("Examples", _example_images(between, dataset))
     page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(title)}</title><style>{_STYLE}</style>"
-    file.write_text(page + "".join(parts) + "</html>\n", encoding="utf-8", errors="replace")
+    write_atomically(file, (page + "".join(parts) + "</html>\n").encode("utf-8", "replace"))
 
 
 def _item(finding: Finding) -> str:

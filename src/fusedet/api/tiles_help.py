@@ -19,6 +19,7 @@ from fusedet.api.progress import track
 from fusedet.api.results import CommandResult, lines, list_files, names_of
 from fusedet.api.settings import Settings, to_overrides
 from fusedet.api.validate import build_val_loader, detect, require_class_names
+from fusedet.atomic_io import write_atomically
 from fusedet.api.validate_run import open_model
 from fusedet.config import Config
 from fusedet.config.schema import PredictionTiles
@@ -83,6 +84,7 @@ def measure_tiles(
 
     Raises:
         InputError: As `validate`; or no image is longer than a tile, or there are several processes.
+        StorageError: A file cannot be written.
     """
     at_least(40, resamples=resamples)
     at_least(0, bootstrap_seed=bootstrap_seed)
@@ -144,7 +146,8 @@ def measure_tiles(
     run_dir.write_json(files["report"], report)
     for path, own in zip(list(files.values())[1:], results):
         stored = evaluation.to_dataset_ids(own, dataset)
-        path.write_text(json.dumps([{k: v for k, v in row.items() if k != "segmentation"} for row in stored]))
+        boxes = [{k: v for k, v in row.items() if k != "segmentation"} for row in stored]
+        write_atomically(path, json.dumps(boxes).encode())
     return TilesHelp(report, out, files)
 
 

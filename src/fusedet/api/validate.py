@@ -14,6 +14,7 @@ from fusedet.api.detection import AnyDetector, check_tile_size, detect_images, g
 from fusedet.api.progress import track
 from fusedet.api.run_dir import write_json
 from fusedet.api.worst_images import draw_worst_images
+from fusedet.atomic_io import write_atomically
 from fusedet.collectives import gather_objects
 from fusedet.config import Config
 from fusedet.data.dataset import DetectionDataset
@@ -218,7 +219,11 @@ def compute_metrics(
 def write_report(
     dataset: DetectionDataset, results: list[Result], metrics: dict[str, Any], out: Path, title: str
 ) -> dict[str, Path]:
-    """Write results, metrics and plots into a directory; return the files by what they show."""
+    """Write results, metrics and plots into a directory; return the files by what they show.
+
+    Raises:
+        StorageError: A file cannot be written.
+    """
     files = {
         "results": out / "val.bbox.json",
         "metrics": out / "metrics.json",
@@ -229,12 +234,11 @@ def write_report(
     }
     stored = evaluation.to_dataset_ids(results, dataset)
     boxes = [{name: value for name, value in result.items() if name != "segmentation"} for result in stored]
-    files["results"].write_text(json.dumps(boxes))
+    write_atomically(files["results"], json.dumps(boxes).encode())
     if "mask_AP" in metrics:
         files["mask results"] = out / "val.segm.json"
-        files["mask results"].write_text(
-            json.dumps([{k: v for k, v in result.items() if k != "bbox"} for result in stored])
-        )
+        masks = [{name: value for name, value in result.items() if name != "bbox"} for result in stored]
+        write_atomically(files["mask results"], json.dumps(masks).encode())
     write_json(files["metrics"], metrics)
     visualization.plot_precision_recall(
         evaluation.compute_precision_recall(dataset, results), files["precision-recall curves"], title
@@ -246,7 +250,7 @@ def write_report(
     if (grid := draw_worst_images(dataset, results)) is None:
         del files["worst images"]
     else:
-        grid.save(files["worst images"])
+        visualization.save_image(grid, files["worst images"])
     return files
 
 

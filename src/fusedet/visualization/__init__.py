@@ -7,7 +7,7 @@ from fusedet.visualization.evaluation_plots import (
     plot_differences,
     plot_precision_recall,
 )
-from fusedet.visualization.images import draw_boxes, draw_comparison, draw_image_grid
+from fusedet.visualization.images import draw_boxes, draw_comparison, draw_image_grid, save_image
 from fusedet.visualization.latency_plot import plot_latency
 from fusedet.visualization.training_curves import plot_training
 
@@ -22,4 +22,5 @@ __all__ = [
     "plot_latency",
     "plot_precision_recall",
     "plot_training",
+    "save_image",
 ]

@@ -1,5 +1,6 @@
 """Matplotlib figures in one style, made without matplotlib's global state."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fusedet.errors import InputError, unknown
+from fusedet.atomic_io import write_atomically
+from fusedet.errors import unknown
 from fusedet.visualization import colors
 
 DARK, PALE = "#262626", "#d4d4d4"
@@ -66,12 +68,12 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     """Write a figure in the format that the file's suffix names: png, pdf or svg.
 
     Raises:
-        InputError: The format is unknown, or the file cannot be written.
+        InputError: The format is unknown.
+        StorageError: The file cannot be written.
     """
     suffix = Path(path).suffix[1:].lower()
     if suffix not in FORMATS:
         raise unknown(f"format of the plot {path}", suffix, FORMATS)
-    try:
-        figure.savefig(path, format=suffix, bbox_inches="tight", pad_inches=0.08)
-    except OSError as error:
-        raise InputError(f"plot {path} cannot be written: {error.strerror}") from error
+    content = io.BytesIO()
+    figure.savefig(content, format=suffix, bbox_inches="tight", pad_inches=0.08)
+    write_atomically(Path(path), content.getbuffer())

@@ -1,12 +1,15 @@
-"""Draw boxes, masks and a comparison with the ground truth into images, and arrange images in a grid."""
+"""Draw boxes, masks and a comparison with the ground truth; arrange images in a grid, and write images."""
 
+import io
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from fusedet.atomic_io import write_atomically
 from fusedet.errors import InputError
 from fusedet.models.ops.greedy_match import IGNORED, match_greedily
 from fusedet.visualization import colors
@@ -163,6 +166,17 @@ def draw_image_grid(
         "RGB", (columns * (cell + gap) + gap, sum(heights) + len(rows) * (line + gap) + gap), colors.WHITE
     )
     canvas = ImageDraw.Draw(sheet)
+def save_image(image: Image.Image, path: Path) -> None:
+    """Write an image in the format that the file's suffix names.
+
+    Raises:
+        StorageError: The file cannot be written.
+    """
+    content = io.BytesIO()
+    image.save(content, Image.registered_extensions()[path.suffix.lower()])
+    write_atomically(path, content.getbuffer())
+
+
     top = gap
     for r, (row, height) in enumerate(zip(rows, heights, strict=True)):
         for c, image in enumerate(row):

@@ -15,7 +15,8 @@ def plot_latency(points: Sequence[tuple[str, float, float]], path: str | Path, t
         title: What was measured.
 
     Raises:
-        InputError: The format is unknown, or the file cannot be written.
+        InputError: The format is unknown.
+        StorageError: The file cannot be written.
     """
     figure = new_figure(7.2, 4.2)
     axes = new_axes(figure, title, "latency from file to boxes, p50 (ms)", "AP")
