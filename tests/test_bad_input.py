@@ -401,6 +401,16 @@ def test_options_that_a_mode_does_not_use(capsys: Capture, trained: Path, words:
     has(complaint(capsys, *(str(trained) if word == "RUN" else word for word in words.split())), refused)
 
 
+@pytest.mark.parametrize("words", ["train retinanet_tiny data=DATA", "ablate necks data=DATA out=OUT"])
+def test_a_wrong_number_of_processes(
+    capsys: Capture, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "x")
+    given = words.replace("DATA", str(scenes)).replace("OUT", str(tmp_path / "out"))
+    has(complaint(capsys, *given.split()), "WORLD_SIZE=x", "must be whole numbers with RANK below WORLD_SIZE")
+    assert not (tmp_path / "out").exists()
+
+
 # -- pretrained weights
 
 

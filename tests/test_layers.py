@@ -19,6 +19,7 @@ RANKS = [
         "quiet",
         "garbage_collection",
         "collectives",
+        "process_ranks",
         "function_skipping",
     },
     {"models.protocols"},

@@ -1,6 +1,5 @@
 """Ablation of a table, and its preview: the command `ablate`."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from fusedet.api.results import CommandResult, lines, list_files, names_of
 from fusedet.api.settings import Settings, to_overrides
 from fusedet.data import synthetic
 from fusedet.errors import InputError, at_least, one_of
+from fusedet.process_ranks import get_ranks
 
 Launcher = Literal["local", "slurm"]
 
@@ -303,7 +303,7 @@ def _check_call(table: str | Path | None) -> None:
         raise InputError(
             f"which table? Write fusedet ablate TABLE data=PATH out=DIR, with TABLE one of {names}, or a file"
         )
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if get_ranks()[1] > 1:
         raise InputError("fusedet ablate starts its own processes: call it without torchrun")
 
 

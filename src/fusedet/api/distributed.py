@@ -1,4 +1,4 @@
-"""Several processes: which of them this one is, the process group they form, and what they do in it."""
+"""Several processes: the device of this one, the process group they form, and what they do in it."""
 
 import atexit
 import itertools
@@ -18,27 +18,11 @@ from fusedet.api.predict import pick_device
 from fusedet.config import Config, Train
 from fusedet.engine.precision import fabric_precision
 from fusedet.errors import InputError
+from fusedet.process_ranks import get_ranks
 
 TIMEOUT = timedelta(minutes=30)
 """How long a process waits in a collective operation for the others."""
 _GROUPS = itertools.count()
-
-
-def get_ranks() -> tuple[int, int, int]:
-    """Return this process's rank, the world size, and its rank on its machine, from torchrun's variables.
-
-    Raises:
-        InputError: The variables are not such numbers.
-    """
-    texts = {
-        name: os.environ.get(name, default)
-        for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
-    }
-    if not all(text.isdecimal() for text in texts.values()) or not int(texts["RANK"]) < int(texts["WORLD_SIZE"]):
-        raise InputError(
-            f"{', '.join(f'{k}={v}' for k, v in texts.items())}: these must be whole numbers with RANK below WORLD_SIZE"
-        )
-    return int(texts["RANK"]), int(texts["WORLD_SIZE"]), int(texts["LOCAL_RANK"])
 
 
 def select_device(name: str) -> torch.device:

@@ -11,7 +11,7 @@ from typing import Any, Literal, Unpack
 from rich.console import Console, Group, RenderableType
 
 from fusedet.api import batch_predict, run_dir
-from fusedet.api.distributed import get_ranks, select_device
+from fusedet.api.distributed import select_device
 from fusedet.api.image_sources import Sources, describe_left_out
 from fusedet.api.predict import SETTABLE as SETTABLE_OF_MODEL
 from fusedet.api.predict import Precision, load
@@ -25,6 +25,7 @@ from fusedet.data.video_parts import Part, is_stream
 from fusedet.data.videos import import_av
 from fusedet.errors import InputError, one_of, plural
 from fusedet.exporters import find_export
+from fusedet.process_ranks import get_ranks
 
 SETTABLE_OF_FILES = ("data.workers", "device", "out")
 SETTABLE = (*SETTABLE_OF_MODEL, *SETTABLE_OF_FILES)

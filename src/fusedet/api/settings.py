@@ -20,6 +20,7 @@ from fusedet.api.load_model import stored_config, weights_file
 from fusedet.config import Config
 from fusedet.errors import InputError
 from fusedet.interop.published_weights import is_published_name, require_source
+from fusedet.process_ranks import get_ranks
 
 Source = str | Path | Config
 
@@ -128,7 +129,7 @@ def training_config(
         options = _load_named(source, texts)
     if options.out is not None:
         return options
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if get_ranks()[1] > 1:
         raise InputError("several processes need one output directory: add out=DIR")
     return options.replace(out=str(run_dir.find_free_path("runs", _run_name(source))))
 

@@ -13,14 +13,13 @@ from rich.console import Console, Group, RenderableType
 from fusedet import evaluation
 from fusedet.api import run_dir, tables
 from fusedet.api.detection import AnyDetector, check_tile_size, get_strides
-from fusedet.api.distributed import get_ranks
 from fusedet.api.predict import pick_device, tuned
 from fusedet.api.progress import track
 from fusedet.api.results import CommandResult, lines, list_files, names_of
 from fusedet.api.settings import Settings, to_overrides
 from fusedet.api.validate import build_val_loader, detect, require_class_names
-from fusedet.atomic_io import write_atomically
 from fusedet.api.validate_run import open_model
+from fusedet.atomic_io import write_atomically
 from fusedet.config import Config
 from fusedet.config.schema import PredictionTiles
 from fusedet.data.dataset import DetectionDataset
@@ -31,6 +30,7 @@ from fusedet.errors import InputError, at_least
 from fusedet.evaluation.confidence_intervals import LEVEL, choose_decimals
 from fusedet.evaluation.results import Result
 from fusedet.exporters import ExportedDetector
+from fusedet.process_ranks import get_ranks
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from lightning_fabric import Fabric
 
 from fusedet import evaluation, visualization
 from fusedet.api.choose_batch import choose_batch
-from fusedet.api.distributed import get_ranks, process_group, run_on_first
+from fusedet.api.distributed import process_group, run_on_first
 from fusedet.api.load_model import weights_file, with_weights
 from fusedet.api.progress import say_nothing
 from fusedet.api.results import RunResult
@@ -56,6 +56,7 @@ from fusedet.engine.validation_loss import ValidationLoss
 from fusedet.errors import DivergenceError, InputError, plural
 from fusedet.interop.published_weights import find_published_weights, is_published_name
 from fusedet.models.detectors import DetectorModule
+from fusedet.process_ranks import get_ranks
 
 
 def train(

@@ -9,7 +9,7 @@ from rich.console import Console
 from fusedet import evaluation
 from fusedet.api import coco_submission, exported, run_dir
 from fusedet.api.detection import AnyDetector
-from fusedet.api.distributed import get_ranks, join_processes
+from fusedet.api.distributed import join_processes
 from fusedet.api.load_model import rebuild, weights_file
 from fusedet.api.predict import tuned
 from fusedet.api.progress import say_nothing
@@ -23,6 +23,7 @@ from fusedet.data.split_checks import describe_crowded_images
 from fusedet.data.splits import read_split
 from fusedet.data.usable_targets import require_usable_targets
 from fusedet.errors import InputError, unknown
+from fusedet.process_ranks import get_ranks
 
 SETTABLE = ("data", "test", "device", "out")
 """What can be set where a trained model is validated."""

@@ -1,7 +1,6 @@
 """The command line: parses text, calls the functions of `fusedet`, prints results; the help imports no torch."""
 
 import errno
-import os
 import sys
 from typing import Any
 
@@ -13,6 +12,7 @@ from fusedet.cli import benchmark, commands, conversions, datasets, serving  # n
 from fusedet.cli.common import COMMON, app, err, name_program
 from fusedet.engine.signals import Interrupted
 from fusedet.errors import InputError, StorageError
+from fusedet.process_ranks import get_ranks
 
 USAGE_ERROR: Any = BadParameter.__base__  # in which module it stands depends on typer's version
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -44,11 +44,14 @@ def run(arguments: list[str] | None = None) -> int:
 
 def _report(text: str, code: int, command: list[str]) -> int:
     """Print an error in one line and return the exit code; of several processes name the one that fails."""
-    rank, world, local = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    try:
+        rank, world, local = get_ranks()
+    except InputError:  # it is then the error to report
+        rank, world, local = 0, 1, 0
     is_joint = bool(command) and command[0] in JOINT_COMMANDS
     text = name_program(" ".join(text.splitlines()))
-    if text and not (is_joint and local not in ("", "0")):
-        is_named = world not in ("", "1") and rank.isdecimal() and not (is_joint and rank == "0")
+    if text and not (is_joint and local):
+        is_named = world > 1 and not (is_joint and rank == 0)
         err.print(f"[red]error:[/] {f'process {rank}: ' * is_named}{escape(text)}", markup=True)
     return code
 
