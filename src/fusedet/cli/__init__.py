@@ -54,6 +54,3 @@ def _report(text: str, code: int, command: list[str]) -> int:
         is_named = world > 1 and not (is_joint and rank == 0)
         err.print(f"[red]error:[/] {f'process {rank}: ' * is_named}{escape(text)}", markup=True)
     return code
-
-
-main = run
