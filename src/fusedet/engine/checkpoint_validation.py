@@ -90,7 +90,7 @@ Tables = TypedDict("Tables", {"metrics.csv": TableState, "speed.csv": TableState
 
 
 class Checkpoint(BaseModel):
-    """The content of last.ckpt; see `train_state.Run` for the meaning of the plain values."""
+    """The content of last.ckpt; see `train_state.TrainingRun` for the meaning of the plain values."""
 
     model_config = ConfigDict(strict=True, extra="ignore", arbitrary_types_allowed=True)
 
