@@ -23,10 +23,9 @@ from fusedet.data.dataset import DetectionDataset, ImageAnnotations
 from fusedet.errors import StorageError
 from fusedet.evaluation.bootstrap import draw_image_weights
 from fusedet.evaluation.calibration import compute_calibration
-from fusedet.evaluation.image_matching import match_images
+from fusedet.evaluation.image_matching import FALSE_POSITIVE, IGNORED, match_images
 from fusedet.evaluation.results import DetectionTable
 from fusedet.evaluation.score_thresholds import find_best_thresholds
-from fusedet.models.ops.greedy_match import IGNORED, match_greedily
 from fusedet.report import gallery, write_page
 from fusedet.report.analysis import analyze_run, summarize
 from fusedet.report.counts import KINDS, classify, count_by_threshold, count_from, fill_matrix
@@ -41,6 +40,36 @@ def read_counts(text: str) -> dict[str, Any]:
 
 
 # -- matching
+
+
+def match_greedily(
+    boxes: np.ndarray,
+    labels: np.ndarray,
+    gt_boxes: np.ndarray,
+    gt_labels: np.ndarray,
+    ignored_boxes: np.ndarray,
+    ignored_labels: np.ndarray,
+    iou: float,
+) -> np.ndarray:
+    """What `match_images` does in one image, detection by detection; the index of an instance is that in `gt_boxes`."""
+
+    def intersect(others: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        sides = np.minimum(boxes[:, None, 2:], others[:, 2:]) - np.maximum(boxes[:, None, :2], others[:, :2])
+        areas = ((own[:, 2:] - own[:, :2]).prod(axis=1) for own in (boxes, others))
+        return sides.clip(min=0).prod(axis=2), *areas
+
+    matches = np.full(len(boxes), FALSE_POSITIVE)
+    inner, area, gt_area = intersect(gt_boxes)
+    overlap = np.divide(inner, area[:, None] + gt_area - inner, out=np.zeros_like(inner), where=inner > 0)
+    for d in range(len(boxes) if len(gt_boxes) else 0):
+        g = int(np.lexsort((gt_labels == labels[d], overlap[d]))[-1])
+        if overlap[d, g] >= iou:
+            matches[d] = g
+            overlap[:, g] = 0  # taken
+    inner, area, _ = intersect(ignored_boxes)
+    inside = (inner >= iou * area[:, None]) & (inner > 0) & (labels[:, None] == ignored_labels)
+    matches[(matches == FALSE_POSITIVE) & inside.any(axis=1)] = IGNORED
+    return matches
 
 
 @given(st.lists(st.tuples(OBJECTS, GUESSES), min_size=1, max_size=3))

@@ -127,7 +127,8 @@ def test_fonts_for_other_scripts():
 def test_no_boxes_leave_the_image_unchanged():
     empty = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
     assert np.array_equal(visualization.draw_boxes(PLAIN, *empty, NAMES), PLAIN.permute(1, 2, 0))
-    assert visualization.draw_comparison(PLAIN, empty, (*empty, torch.zeros(0)), NAMES).height > 240
+    boxes, none = np.zeros((0, 4)), np.zeros(0, int)
+    assert visualization.draw_comparison(PLAIN, (boxes, none, none), (boxes, *[none] * 3), none, NAMES).height > 240
 
 
 def test_masks_are_blended_and_ignored_boxes_are_gray():
@@ -161,18 +162,18 @@ def test_wrong_input_is_refused():
 
 def test_comparison_distinguishes_correct_false_missed_and_wrong_class():
     ground_truth = (
-        torch.tensor([[20.0, 60, 60, 100], [100, 60, 140, 100], [180, 60, 220, 100]]),
-        torch.tensor([0, 0, 1]),
+        np.array([[20.0, 60, 60, 100], [250, 55, 290, 95], [100, 60, 140, 100], [180, 60, 220, 100]]),
+        np.array([0, 2, 0, 1]),
+        np.array([False, True, False, False]),
     )
     detections = (
-        torch.tensor(
-            [[22.0, 64, 62, 104], [100, 60, 140, 100], [250, 150, 290, 190], [30, 150, 70, 190], [255, 60, 265, 70]]
-        ),
-        torch.tensor([0, 1, 1, 0, 2]),
-        torch.tensor([0.9, 0.8, 0.7, 0.1, 0.9]),  # the fourth is below the score
+        np.array([[22.0, 64, 62, 104], [100, 60, 140, 100], [250, 150, 290, 190], [255, 60, 265, 70]]),
+        np.array([0, 1, 1, 2]),
+        np.array([0.9, 0.8, 0.7, 0.9]),
+        np.array([False, False, False, True]),
     )
-    ignore = torch.tensor([[250.0, 55, 290, 95]]), torch.tensor([2])  # contains the fifth
-    source = visualization.draw_comparison(PLAIN, ground_truth, detections, NAMES, ignore=ignore)
+    matches = np.array([0, 2, -1, -1])
+    source = visualization.draw_comparison(PLAIN, ground_truth, detections, matches, NAMES)
 
     def has(color, x, y):
         return bool(pixels(source, color)[y - 4 : y + 44, x - 4 : x + 44].any())
@@ -183,7 +184,6 @@ def test_comparison_distinguishes_correct_false_missed_and_wrong_class():
     assert has(colors.FALSE_POSITIVE, 250, 150)
     assert has(colors.GRAY, 250, 60)
     assert not has(colors.FALSE_POSITIVE, 250, 60)
-    assert not has(colors.TRUE_POSITIVE, 30, 150)
     assert has(colors.WHITE, 20, 60)
     assert all(
         pixels(source, color)[240:].any()

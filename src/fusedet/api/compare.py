@@ -21,7 +21,7 @@ from fusedet.data.splits import read_split
 from fusedet.errors import InputError, at_least
 from fusedet.evaluation.bootstrap import METRICS as BOOTSTRAP_METRICS
 from fusedet.evaluation.confidence_intervals import LEVEL, choose_decimals
-from fusedet.evaluation.results import Result
+from fusedet.evaluation.results import DetectionTable
 from fusedet.exporters import find_export
 from fusedet.interop.published_weights import is_published_name
 
@@ -125,7 +125,7 @@ def compare(
     visualization.plot_differences(
         figures["classes"], files["differences by class"], title, {"name": "all classes"} | figures["AP"]
     )
-    if (sheet := _differing(dataset, results, tables)) is None:
+    if (sheet := _differing(dataset, tables)) is None:
         del files["images that differ most"]
     else:
         visualization.save_image(sheet, files["images that differ most"])
@@ -196,9 +196,9 @@ def _same_data(file: Path, dataset: DetectionDataset) -> None:
         )
 
 
-def _differing(dataset: DetectionDataset, results: list[list[Result]], tables: list[Any], n: int = 8) -> Image | None:
+def _differing(dataset: DetectionDataset, tables: list[DetectionTable], n: int = 8) -> Image | None:
     """Return the n images on which the two differ most, A left and B right; None if they do not differ."""
-    paint = [make_painter(dataset, detections) for detections in results]
+    paint = [make_painter(dataset, table) for table in tables]
     drawn, captions = [], []
     for i, *rows in evaluation.find_differing_images(dataset, tables[0], tables[1], n=n):
         images = [draw(i) for draw in paint]

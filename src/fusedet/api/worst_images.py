@@ -1,14 +1,15 @@
 """Images of a split with their ground truth and detections, those with the most errors first."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-import torch
+import numpy as np
 from PIL.Image import Image
 
 from fusedet import evaluation, visualization
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.dataset_images import read_dataset_image
-from fusedet.evaluation.results import Result
+from fusedet.evaluation.image_matching import IGNORED, match_images
+from fusedet.evaluation.results import DetectionTable, Result
 
 SHOWN = 0.3  # the least score of what is drawn
 
@@ -24,37 +25,24 @@ def draw_worst_images(dataset: DetectionDataset, results: list[Result], n: int =
     return visualization.draw_image_grid(drawn, captions) if drawn else None
 
 
-def make_painter(dataset: DetectionDataset, results: list[Result]) -> Callable[[int], Image | None]:
+def make_painter(
+    dataset: DetectionDataset, results: Sequence[Result] | DetectionTable
+) -> Callable[[int], Image | None]:
     """Return a function that draws the ground truth and detections of at least `SHOWN` in image i."""
-    by_image: dict[int, list[Result]] = {}
-    for result in results:
-        if result["score"] >= SHOWN:
-            by_image.setdefault(result["image_id"], []).append(result)
-    labels = {c: k for k, c in enumerate(dataset.category_ids)}
+    pairs = match_images(dataset, results, score=SHOWN)
 
     def paint(i: int) -> Image | None:
         record = dataset[i]
         if not record.path.is_file():  # results can be scored without the images
             return None
-        detections = by_image.get(record.image_id, [])
-        boxes = torch.tensor([r["bbox"] for r in detections]).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        guess = (
-            boxes,
-            torch.tensor([labels[r["category_id"]] for r in detections]),
-            torch.tensor([r["score"] for r in detections]),
-        )
-        counts = ~record.eval_ignore
-        truth, ignore = (
-            (torch.from_numpy(record.boxes[k]), torch.from_numpy(record.labels[k])) for k in (counts, ~counts)
-        )
+        own = slice(*np.searchsorted(pairs.images, (i, i + 1)))
+        matches = pairs.matches[own]
         return visualization.draw_comparison(
             read_dataset_image(dataset, record),
-            truth,
-            guess,
+            (record.boxes, record.labels, record.eval_ignore),
+            (pairs.boxes[own], pairs.labels[own], pairs.scores[own], matches == IGNORED),
+            np.where(matches < 0, -1, matches - int(dataset.offsets[i])),
             dataset.names,
-            score=SHOWN,
-            ignore=ignore,
         )
 
     return paint

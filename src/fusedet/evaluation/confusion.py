@@ -5,9 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from fusedet.data.dataset import DetectionDataset
-from fusedet.evaluation.image_matching import match_images
+from fusedet.evaluation.image_matching import FALSE_POSITIVE, IGNORED, match_images
 from fusedet.evaluation.results import DetectionTable, Result
-from fusedet.models.ops.greedy_match import FALSE_POSITIVE, IGNORED
 
 ImageScore = tuple[float, int, int]
 

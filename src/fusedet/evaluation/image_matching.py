@@ -9,7 +9,9 @@ from fusedet.data.dataset import DetectionDataset
 from fusedet.errors import InputError
 from fusedet.evaluation import coco_matching
 from fusedet.evaluation.results import DetectionTable, Result, build_detection_table
-from fusedet.models.ops.greedy_match import FALSE_POSITIVE, IGNORED
+
+FALSE_POSITIVE, IGNORED = -1, -2
+"""What a detection that matches no instance has in the place of an annotation's index."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,10 @@ class ImageMatches:
 def match_images(
     dataset: DetectionDataset, results: Sequence[Result] | DetectionTable, *, iou: float = 0.5, score: float = -np.inf
 ) -> ImageMatches:
-    """Match the detections of at least `score` with the instances of their image, as `match_greedily` does.
+    """Match the detections of at least `score` with the instances of their image, of any class, best score first.
+
+    A detection takes the free instance of maximal IoU, if that is at least `iou`; of equal IoUs one of its own class.
+    An unmatched detection is ignored if at least `iou` of its area lies in an ignored instance of its class.
 
     Raises:
         InputError: The IoU is out of range, or the results do not fit the dataset, as in `evaluate_coco`.

@@ -6,8 +6,7 @@ import numpy as np
 
 from fusedet.data.dataset import DetectionDataset
 from fusedet.evaluation.confidence_intervals import LEVEL, compute_percentile_interval
-from fusedet.evaluation.image_matching import ImageMatches
-from fusedet.models.ops.greedy_match import IGNORED
+from fusedet.evaluation.image_matching import IGNORED, ImageMatches
 
 THRESHOLDS = np.arange(101) / 100
 """The thresholds at which detections are counted: 0, 0.01 .. 1."""

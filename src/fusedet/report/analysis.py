@@ -15,10 +15,9 @@ from fusedet.evaluation.coco_matching import AREAS, is_outside
 from fusedet.evaluation.coco_metrics import compute_precision_recall
 from fusedet.evaluation.confidence_intervals import compute_percentile_interval
 from fusedet.evaluation.error_analysis import analyze_errors
-from fusedet.evaluation.image_matching import match_images
+from fusedet.evaluation.image_matching import IGNORED, match_images
 from fusedet.evaluation.results import DetectionTable, Result, build_detection_table
 from fusedet.evaluation.score_thresholds import BestThreshold, find_best_thresholds
-from fusedet.models.ops.greedy_match import IGNORED
 from fusedet.report.counts import DEFAULT, Counts, classify, count_by_threshold
 from fusedet.report.gallery import Thumbnail, choose_items, make_thumbnails
 

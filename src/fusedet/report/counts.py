@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from fusedet.evaluation.image_matching import ImageMatches
+from fusedet.evaluation.image_matching import FALSE_POSITIVE, IGNORED, ImageMatches
 from fusedet.evaluation.score_thresholds import THRESHOLDS, find_score_bins
-from fusedet.models.ops.greedy_match import FALSE_POSITIVE, IGNORED
 
 CORRECT, WRONG, MISPLACED, FALSE, MISSED = "correct", "wrong", "misplaced", "false", "missed"
 KINDS = (MISSED, FALSE, MISPLACED, WRONG, CORRECT)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fusedet.atomic_io import write_atomically
 from fusedet.errors import InputError
-from fusedet.models.ops.greedy_match import IGNORED, match_greedily
 from fusedet.visualization import colors
 from fusedet.visualization.annotators import BoxAnnotation, LineStyle, draw_annotations, to_pil_image, truncate_text
 
@@ -68,50 +67,35 @@ def draw_boxes(
 
 def draw_comparison(
     image: Tensor,
-    ground_truth: tuple[Tensor, Tensor],
-    detections: tuple[Tensor, Tensor, Tensor],
+    ground_truth: tuple[np.ndarray, np.ndarray, np.ndarray],
+    detections: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
+    matches: np.ndarray,
     names: Sequence[str],
-    *,
-    score: float = 0.3,
-    iou: float = 0.5,
-    ignore: tuple[Tensor, Tensor] | None = None,
 ) -> Image.Image:
     """Draw detections against the ground truth, with a legend of the counts below the image.
 
-    Detections and ground truth are matched greedily as in `models.ops.greedy_match`. The ground truth of correct
-    detections is thin, white and dashed. A detection of the wrong class counts as missed and as false.
+    The ground truth of correct detections is thin, white and dashed. A detection of the wrong class counts as missed
+    and as false.
 
     Args:
         image: uint8 (3, H, W).
-        ground_truth: Boxes (G, 4) xyxy and labels (G,).
-        detections: Boxes (D, 4) xyxy, labels (D,) and scores (D,).
+        ground_truth: Boxes (G, 4) xyxy, labels (G,) and whether each is ignored (G,).
+        detections: Boxes (D, 4) xyxy, labels (D,), scores (D,) and whether each is ignored (D,).
+        matches: (D,), the index of the ground truth that each detection matches, negative without one.
         names: K class names.
-        score: Detections below this score are left out.
-        iou: IoU from which a detection matches.
-        ignore: Boxes (I, 4) and labels (I,) of ignored instances.
 
     Raises:
         InputError: A label has no name.
     """
     drawing = to_pil_image(image)
-    order = detections[2].argsort(descending=True, stable=True)
-    order = order[detections[2][order] >= score]
-    boxes, labels, scores = (part[order].cpu().numpy() for part in detections)
-    gt_boxes, gt_labels = (part.cpu().numpy() for part in ground_truth)
-    ignored, ignored_labels = (
-        (np.zeros((0, 4)), np.zeros(0, int)) if ignore is None else (part.cpu().numpy() for part in ignore)
-    )
-    _check_boxes(*ground_truth, names)
+    _check_boxes(*ground_truth[:2], names)
     _check_boxes(*detections[:2], names)
-    matches = match_greedily(
-        boxes.astype(float), labels, gt_boxes.astype(float), gt_labels, ignored.astype(float), ignored_labels, iou
-    )
-
+    gt_labels, matched = ground_truth[1].tolist(), set(matches.tolist())
     groups: dict[str, list[BoxAnnotation]] = {"missed": [], "false": [], "wrong class": [], "correct": []}
-    background = [BoxAnnotation(box, colors.GRAY, dashed=True) for box in ignored.tolist()]
-    for box, k, s, g in zip(boxes.tolist(), labels.tolist(), scores.tolist(), matches.tolist(), strict=True):
+    background = []
+    for box, k, s, is_ignored, g in zip(*(part.tolist() for part in (*detections, matches)), strict=True):
         text = f"{names[k]} {s:.2f}"
-        if g == IGNORED:
+        if is_ignored:
             background.append(BoxAnnotation(box, colors.GRAY, text))
         elif g < 0:
             groups["false"].append(BoxAnnotation(box, colors.FALSE_POSITIVE, text))
@@ -120,8 +104,10 @@ def draw_comparison(
         else:
             text = f"{text}, is {names[gt_labels[g]]}"
             groups["wrong class"].append(BoxAnnotation(box, colors.WRONG_CLASS, text))
-    for g, (box, k) in enumerate(zip(gt_boxes.tolist(), gt_labels.tolist(), strict=True)):
-        if g in matches:
+    for g, (box, k, is_ignored) in enumerate(zip(*(part.tolist() for part in ground_truth), strict=True)):
+        if is_ignored:
+            background.append(BoxAnnotation(box, colors.GRAY, dashed=True))
+        elif g in matched:
             background.append(BoxAnnotation(box, colors.WHITE, dashed=True, thin=True))
         else:
             groups["missed"].append(BoxAnnotation(box, colors.FALSE_NEGATIVE, names[k], dashed=True))
@@ -166,17 +152,6 @@ def draw_image_grid(
         "RGB", (columns * (cell + gap) + gap, sum(heights) + len(rows) * (line + gap) + gap), colors.WHITE
     )
     canvas = ImageDraw.Draw(sheet)
-def save_image(image: Image.Image, path: Path) -> None:
-    """Write an image in the format that the file's suffix names.
-
-    Raises:
-        StorageError: The file cannot be written.
-    """
-    content = io.BytesIO()
-    image.save(content, Image.registered_extensions()[path.suffix.lower()])
-    write_atomically(path, content.getbuffer())
-
-
     top = gap
     for r, (row, height) in enumerate(zip(rows, heights, strict=True)):
         for c, image in enumerate(row):
@@ -191,13 +166,24 @@ def save_image(image: Image.Image, path: Path) -> None:
     return sheet
 
 
+def save_image(image: Image.Image, path: Path) -> None:
+    """Write an image in the format that the file's suffix names.
+
+    Raises:
+        StorageError: The file cannot be written.
+    """
+    content = io.BytesIO()
+    image.save(content, Image.registered_extensions()[path.suffix.lower()])
+    write_atomically(path, content.getbuffer())
+
+
 def _fit_to_cell(image: Image.Image, cell: int) -> Image.Image:
     scale = cell / max(image.size)
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
 
 
-def _check_boxes(boxes: Tensor, labels: Tensor, names: Sequence[str]) -> None:
+def _check_boxes(boxes: Tensor | np.ndarray, labels: Tensor | np.ndarray, names: Sequence[str]) -> None:
     if boxes.ndim != 2 or boxes.shape[1] != 4 or labels.shape != boxes.shape[:1]:
         raise InputError(
             f"boxes must be (N, 4) with labels (N,), they are {tuple(boxes.shape)} and {tuple(labels.shape)}"
