@@ -91,6 +91,8 @@ def test_tiles_of_a_request(client: Any, runs: dict[str, Path]) -> None:
     whole = post(client, "/predict", large).json()["detections"]
     assert whole != rows
     assert post(client, "/predict", large, tiles=0).json()["detections"] == whole
+    narrow = make_image(120, 80)
+    assert post(client, "/predict", narrow, tiles=96, overlap=0.95).status_code == 200, "a config may say so too"
 
 
 def test_masks(client: Any, runs: dict[str, Path]) -> None:
@@ -116,6 +118,7 @@ def test_models_and_limits(client: Any) -> None:
     assert [own["name"] for own in first["classes"]] == NAMES
     assert all(re.fullmatch(r"#[0-9a-f]{6}", own["color"]) for own in first["classes"])
     assert (first["lowest_score"], first["heat_maps"], content["max_bytes"]) == (0.01, True, MB)
+    assert content["overlap_limit"] == 1
     assert client.get("/health").json() == {
         "status": "ok",
         "version": fusedet.__version__,
@@ -180,6 +183,7 @@ def test_image_bombs(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"score": 7}, "score: input should be less than or equal to 1"),
         ({"score": "high"}, "score: input should be a valid number, unable to parse string as a number"),
         ({"tiles": 10}, "test.tiles.size=10 must be 32 or more"),
+        ({"tiles": 96, "overlap": 1}, "overlap: input should be less than 1"),
         ({"scor": 0.5}, "unknown parameter 'scor': did you mean 'score'?"),
         ({"model": "frist"}, "unknown model 'frist': did you mean 'first'? Known: first, masked"),
         ({"tiles": 32, "overlap": 0.9}, "make 9861 windows of this image, more than 400"),  # 116 x 85 + 1

@@ -141,6 +141,9 @@ def test_tiles_predict_again(page: Any, run: Path) -> None:
     upload(page, content)
     set_value(page, "#threshold", 0.01)
     page.fill("#tiles", "96")
+    for overlap, is_valid in (("1.5", False), ("0.95", True), ("0.33", True), ("0.2", True)):
+        page.fill("#overlap", overlap)
+        assert page.eval_on_selector("#tiles-form", "form => form.checkValidity()") == is_valid
     with page.expect_response("**/predict?**") as reply:
         page.click("#predict-again")
     assert "tiles=96&overlap=0.2&whole=true" in reply.value.url

@@ -279,6 +279,7 @@ def test_mappings_and_overrides_are_equivalent() -> None:
         ("batch=3", "did you mean 'train.batch' or 'test.batch'"),
         ("train.bach=3", "did you mean 'train.batch'? "),
         ("channels=3", "did you mean 'data.channels' or 'model.pyramid.channels'"),
+        ("overlap=0.3", "did you mean 'data.tiles.overlap' or 'test.tiles.overlap'"),
         ("zzz=3", "unknown config key 'zzz'. Known: data"),
         ("train.epochs=abc", "train.epochs must be int, got 'abc'"),
         ("train.batch=aut", "train.batch must be int or 'auto', got 'aut': did you mean 'auto'?"),

@@ -47,6 +47,7 @@ class ServerReply(BaseModel):
 
     version: str
     max_bytes: int = Field(description="The largest file in bytes.")
+    overlap_limit: float = Field(description="The overlap of tiles is a share below this.")
     models: list[ModelReply]
 
 

@@ -20,6 +20,7 @@ from fusedet.app.prediction_queue import PredictionQueue, QueueFullError
 from fusedet.app.request_guard import RequestGuard, describe_size_limit
 from fusedet.app.served_model import ServedModel, choose_model
 from fusedet.config.schema import PredictionTiles
+from fusedet.config.section import get_limits
 from fusedet.errors import InputError, unknown
 from fusedet.visualization.annotators import to_pil_image
 
@@ -33,7 +34,8 @@ TileSize = Annotated[
     int | None,
     Query(ge=0, le=100_000, description="Side of overlapping tiles in pixels; 0 for the whole image only."),
 ]
-Overlap = Annotated[float | None, Query(ge=0, le=0.9, description="Least overlap of tiles, as a share of their size.")]
+OVERLAP = PredictionTiles.model_fields["overlap"]
+Overlap = Annotated[float | None, Query(description=OVERLAP.description, **get_limits(OVERLAP))]
 Whole = Annotated[bool | None, Query(description="Whether the whole image is seen beside its tiles.")]
 Score = Annotated[float, Query(ge=0, le=1, description="The lowest score to return.")]
 HasMasks = Annotated[bool, Query(alias="masks", description="Whether masks are returned, where the model has them.")]
@@ -134,7 +136,8 @@ def list_models(request: Request) -> replies.ServerReply:
     """List the models with their classes, and the limits of the server."""
     state = _get_state(request)
     models = [replies.describe_model(model) for model in state.models.values()]
-    return replies.ServerReply(version=__version__, max_bytes=state.max_bytes, models=models)
+    limit = get_limits(OVERLAP)["lt"]
+    return replies.ServerReply(version=__version__, max_bytes=state.max_bytes, overlap_limit=limit, models=models)
 
 
 @router.get("/examples", summary="List the example images")

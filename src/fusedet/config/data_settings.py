@@ -14,7 +14,7 @@ class Tiles(Section):
 
     key: ClassVar[str] = "data.tiles"
     size: int | None = Field(default=None, ge=32)
-    """The side of a tile in pixels of the original image; null trains on whole images."""
+    """The side of a tile in pixels of the original image; null takes whole images."""
     overlap: float = Field(default=0.2, ge=0, lt=1)
     """The least overlap of neighboring tiles, as a share of their size."""
 

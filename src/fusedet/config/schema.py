@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from fusedet.config.data_settings import Data
+from fusedet.config.data_settings import Data, Tiles
 from fusedet.config.fields import Floats, Integers, Loggers, Part, need
 from fusedet.config.interval import parse_interval
 from fusedet.config.section import Section, plain, text_keys
@@ -151,14 +151,10 @@ class Train(Section):
         return self.batch
 
 
-class PredictionTiles(Section):
+class PredictionTiles(Tiles):
     """The tiles in which validation and prediction see large images."""
 
     key: ClassVar[str] = "test.tiles"
-    size: int | None = Field(default=None, ge=32)
-    """The side of a tile in pixels of the original image; null sees whole images."""
-    overlap: float = Field(default=0.2, ge=0, lt=1)
-    """The least overlap of neighboring tiles, as a share of their size."""
     whole: bool = True
     """Whether the whole image is seen beside its tiles, for objects larger than a tile."""
     ios: float | None = Field(default=None, gt=0, le=1)

@@ -92,18 +92,30 @@ def text_keys(values: Any) -> Any:
 
 def paths() -> Iterator[tuple[str, FieldInfo]]:
     """List the settings of all sections by their keys, and the sections among them."""
-    for section in Section.__subclasses__():
+    for section in _sections(Section):
         for name, field in section.model_fields.items():
             yield _join(section.key, name), field
 
 
+def _sections(parent: type[Section]) -> Iterator[type[Section]]:
+    for section in parent.__subclasses__():
+        yield section
+        yield from _sections(section)
+
+
+def get_limits(field: FieldInfo) -> dict[str, Any]:
+    """Return the limits of a number by pydantic's names, such as {"ge": 0, "lt": 1}."""
+    names = ("gt", "ge", "lt", "le")
+    return {name: getattr(limit, name) for limit in field.metadata for name in names if hasattr(limit, name)}
+
+
 def describe_range(field: FieldInfo) -> str:
     """Describe the range of a number: "1 or more", "0 to 1", "above 0 and at most 1", or "" without one."""
-    limits = {type(limit).__name__.lower(): limit for limit in field.metadata}
+    limits = get_limits(field)
     if "ge" in limits and "le" in limits:
-        return f"{limits['ge'].ge} to {limits['le'].le}"
+        return f"{limits['ge']} to {limits['le']}"
     words = {"gt": "above {}", "ge": "{} or more", "lt": "below {}", "le": "at most {}"}
-    return " and ".join(text.format(getattr(limits[name], name)) for name, text in words.items() if name in limits)
+    return " and ".join(text.format(limits[name]) for name, text in words.items() if name in limits)
 
 
 def plain(value: Any) -> Any:

@@ -200,7 +200,7 @@ function listen() {
 }
 
 async function start() {
-  const { models, max_bytes: maxBytes } = await getJson("models");
+  const { models, max_bytes: maxBytes, overlap_limit: overlapLimit } = await getJson("models");
   Object.assign(state, { models, maxBytes });
   find("model-names").textContent = models.map((model) => model.name).join(" beside ");
   document.title = `${models[0].name} · fusedet`;
@@ -215,6 +215,7 @@ async function start() {
   find("threshold").min = Math.min(lowest, 0.99);
   const [{ tiles }] = models;
   find("tiles").value = tiles.size ?? "";
+  find("overlap").max = overlapLimit;
   find("overlap").value = tiles.overlap;
   find("whole").checked = tiles.whole;
   heat = new HeatControls(state, refresh, showError);
