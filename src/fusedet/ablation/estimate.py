@@ -8,9 +8,10 @@ from statistics import fmean, median
 
 import torch
 
-from fusedet.ablation.plan import TIMES, Plan, Run, Split, read_json
+from fusedet.ablation.plan import TIMES, Plan, Run, Split
 from fusedet.api.detection import views
 from fusedet.api.predict import pick_device
+from fusedet.api.run_dir import read_json
 from fusedet.api.train_inputs import make_detector, train_transform
 from fusedet.api.validate import build_val_loader, detect, has_mask_branch
 from fusedet.config import Config, to_seconds

@@ -1,6 +1,5 @@
 """The plan of an ablation: check every row's config, data and output folder before anything is trained."""
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any, Literal
 from fusedet import config
 from fusedet.ablation.spec import Table
 from fusedet.api.predict import pick_device
-from fusedet.api.run_dir import read_fingerprints
+from fusedet.api.run_dir import read_fingerprints, read_json
 from fusedet.api.train_inputs import check_monitor, learns_masks, open_data
 from fusedet.api.validate import has_mask_branch
 from fusedet.config import Config
@@ -245,14 +244,6 @@ def make_plan(
 def default_classes(table: Table) -> int:
     """Return the number of classes without data: that of the table's synthetic dataset, or COCO's."""
     return 80 if table.synthetic is None else len(name_classes(table.synthetic.get("frequencies")))
-
-
-def read_json(file: Path) -> Any:
-    """Read a JSON file; return None for a file that is absent or truncated."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def _read_splits(table: Table, configs: Mapping[str, Config], say: Callable[[str], None]) -> dict[str, Split]:

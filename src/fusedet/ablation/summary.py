@@ -9,10 +9,11 @@ from typing import Any, Literal
 from fusedet import evaluation
 from fusedet.ablation import power
 from fusedet.ablation.cost import measure_prediction, read_training_speed
-from fusedet.ablation.plan import FAILED, MARKER, TIMES, Plan, Run, State, read_json
+from fusedet.ablation.plan import FAILED, MARKER, TIMES, Plan, Run, State
 from fusedet.ablation.spec import DELTA, METRICS, RESAMPLED, Row, Table
 from fusedet.ablation.summary_text import draw_conclusion, shorten_path
 from fusedet.api.predict import pick_device
+from fusedet.api.run_dir import read_json
 from fusedet.evaluation import bootstrap
 from fusedet.evaluation.confidence_intervals import LEVEL, ConfidenceInterval
 
@@ -113,6 +114,7 @@ def published_differences(table: Table, row: Row) -> Tree:
 def _read_metrics(run: Run, plan: Plan) -> Tree:
     """Read the metrics of a finished run in percent; compute VOC's from stored results if the table needs them."""
     metrics = read_json(run.folder / "metrics.json")
+    assert metrics is not None, "a finished run has them"
     if plan.table.metric.startswith("VOC_") and plan.table.metric not in metrics:
         stored = evaluation.load_results(run.folder / BOXES, plan.val)
         metrics["VOC_AP"] = evaluation.evaluate_voc(plan.val, stored)["mAP"]

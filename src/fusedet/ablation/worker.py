@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fusedet import config
-from fusedet.ablation.plan import FAILED, TIMES, Run, read_json
+from fusedet.ablation.plan import FAILED, TIMES, Run
 from fusedet.api.load_model import weights_file, with_weights
 from fusedet.api.predict import pick_device, tuned
-from fusedet.api.run_dir import create_run_dir, describe_environment, write_json
+from fusedet.api.run_dir import create_run_dir, describe_environment, read_json, write_json
 from fusedet.api.train import train
 from fusedet.api.train_inputs import open_data
 from fusedet.api.validate import evaluate_detector, write_report

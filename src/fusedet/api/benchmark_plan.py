@@ -18,6 +18,7 @@ from fusedet import exporters
 from fusedet.api.engines import PYTORCH, Task, resize_settings
 from fusedet.api.load_model import build_untrained, is_config, rebuild, require_known_source, weights_file
 from fusedet.api.progress import say_nothing
+from fusedet.api.run_dir import read_json
 from fusedet.api.settings import refuse_other_keys, resolve_config
 from fusedet.config import Config, parse
 from fusedet.data.shape_drawing import draw_image
@@ -234,8 +235,5 @@ def _read_exported_ap(folder: Path) -> float | None:
 
 def _read_ap(metrics: Path) -> float | None:
     """Return the AP in a metrics.json; None without the file or without AP in it."""
-    try:
-        ap = json.loads(metrics.read_bytes())["AP"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
+    ap = (read_json(metrics) or {}).get("AP")
     return float(ap) if isinstance(ap, (int, float)) else None

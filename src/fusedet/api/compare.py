@@ -1,6 +1,5 @@
 """Comparison of two runs on the same images, with intervals from a paired bootstrap: the command `compare`."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,8 +77,8 @@ def compare(
         settings: The same settings as `overrides`, by keyword.
 
     Raises:
-        StorageError: A file cannot be written.
         InputError: There are no stored results, or they are not of the same data.
+        StorageError: A file cannot be written.
     """
     at_least(40, resamples=resamples)
     at_least(0, bootstrap_seed=bootstrap_seed)
@@ -181,15 +180,13 @@ def _same_data(file: Path, dataset: DetectionDataset) -> None:
     metrics = file.with_name(METRICS)
     if file.name != RESULTS or not metrics.is_file():
         return  # results of another program: their ids are checked where they are read
-    try:
-        stored = json.loads(metrics.read_text(encoding="utf-8"))["stamp"]
-        made_on = stored["data"]
-    except (ValueError, KeyError, TypeError) as error:
+    stamp = (run_dir.read_json(metrics) or {}).get("stamp")
+    if not isinstance(stamp, dict) or "data" not in stamp:
         raise InputError(
             f"{metrics} is not what fusedet val writes, it has no stamp: score the run again with fusedet val"
-        ) from error
-    if made_on != (here := dataset.fingerprint()):
-        other = f"(fingerprint {made_on}, {stored.get('images')} images)"
+        )
+    if stamp["data"] != (here := dataset.fingerprint()):
+        other = f"(fingerprint {stamp['data']}, {stamp.get('images')} images)"
         raise InputError(
             f"{file} was made on other data {other} than {dataset.source} ({here}, {len(dataset)} images): "
             "two runs are compared on the same images and annotations"

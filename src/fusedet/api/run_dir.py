@@ -79,6 +79,15 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, (json.dumps(to_plain(content), indent=2, ensure_ascii=False) + "\n").encode())
 
 
+def read_json(file: Path) -> dict[str, Any] | None:
+    """Return what a JSON file holds; None for a file that is absent, damaged or holds no mapping."""
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
 def read_fingerprints(run: Path) -> dict[str, Any] | None:
     """Return the fingerprints of a run's data by split, from its run.json; None if that file does not exist.
 
@@ -88,11 +97,7 @@ def read_fingerprints(run: Path) -> dict[str, Any] | None:
     file = run / "run.json"
     if not file.is_file():
         return None
-    try:
-        content = json.loads(file.read_bytes())
-    except (ValueError, RecursionError):
-        content = None
-    known = content.get("data") if isinstance(content, dict) else None
+    known = (read_json(file) or {}).get("data")
     if not isinstance(known, dict):
         raise InputError(
             f"{file} is damaged: it does not name the run's data; copy it again, or delete it to skip that check"
