@@ -491,7 +491,7 @@ def test_matrix_and_gallery_follow_the_slider(view: Any) -> None:
         assert cells == matrix
         rows = {row[0]: row[-2:] for row in read_rows(window, "#classes tbody tr")}
         predicted = sum(row[0] for row in matrix)
-        assert rows[NAMES[0]] == [f"{matrix[0][0] / predicted:.3f}" if predicted else "–", f"{matrix[0][0] / 2:.3f}"]
+        assert rows[NAMES[0]] == [f"{matrix[0][0] / predicted:.3f}" if predicted else "-", f"{matrix[0][0] / 2:.3f}"]
     window.click("[data-jump]")
     assert window.text_content("#at") == "0.85"
     window.focus("#threshold")
@@ -514,9 +514,9 @@ def test_classes_sort(view: Any) -> None:
     assert column(2) == ["1", "2"]
     assert window.get_attribute("#classes thead th:nth-child(3)", "aria-sort") == "ascending"
     heads.nth(6).click()
-    assert column(6) == ["0.85", "–"], "what has no value is last"
+    assert column(6) == ["0.85", "-"], "what has no value is last"
     heads.nth(6).click()
-    assert column(6) == ["0.85", "–"]
+    assert column(6) == ["0.85", "-"]
 
 
 def test_page_fits_narrow_windows_and_needs_no_script(browser: Any, page: Path) -> None:

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fusedet.ablation.estimate import format_duration
-from fusedet.ablation.render import CITED, Sheet, drop_empty_paper_columns, format_number
+from fusedet.ablation.render import CITED, Sheet, drop_empty_paper_columns
 from fusedet.ablation.spec import METRICS
+from fusedet.evaluation.formatting import format_number
 
 
 def make_plan_sheet(rows: Sequence[Mapping[str, Any]], classes: int, seeds: int) -> Sheet:
@@ -34,14 +35,14 @@ def make_plan_sheet(rows: Sequence[Mapping[str, Any]], classes: int, seeds: int)
     for row in rows:
         cells = [
             row["label"],
-            *(format_number(row["published"].get(name)) for name in names),
+            *(format_number(row["published"].get(name), 1) for name in names),
             format_number(row["params_M"], 2),
         ]
         if row["trainable"] is None:
             cells += [CITED, CITED]
         else:
             cells += [f"{row['trainable'] / 1e6:.2f}", f"{row['multiply_adds'] / 1e9:.2f}"]
-        cells += [format_number(row["time_ms"]), "-" if row["left"] is None else str(row["left"])]
+        cells += [format_number(row["time_ms"], 1), "-" if row["left"] is None else str(row["left"])]
         cells += [("-" if row["seconds"] is None else format_duration(row["seconds"]))] * has_estimate
         lines.append(cells)
     published = "Published metrics in percent; counted" if names else "Counted"

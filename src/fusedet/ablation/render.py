@@ -17,9 +17,8 @@ from fusedet.ablation.summary_text import (
     count_finished,
     describe_cost,
     describe_coverage,
-    format_interval,
 )
-from fusedet.evaluation.confidence_intervals import choose_decimals
+from fusedet.evaluation.formatting import format_difference, format_interval, format_number
 
 NOT_MEASURED = "not measured"
 LABEL_WIDTH = 24  # characters of a row's label that the terminal does not break
@@ -81,13 +80,13 @@ def make_difference_sheet(summary: Summary) -> Sheet:
     rows = []
     for row in summary["rows"]:
         measured = (row.get("measured") or {}).get(name)
-        cells = [row["label"], format_number(row["published"].get(name))]
+        cells = [row["label"], format_number(row["published"].get(name), 1)]
         if row["cited"] or measured is None:
             cells += [CITED if row["cited"] else NOT_MEASURED, "", ""]
         else:
             cells += [
                 format_number(measured["mean"], 2),
-                format_interval((measured["low"], measured["high"])),
+                format_interval((measured["low"], measured["high"]), 2) or "none",
                 " ".join(format_number(value, 2) for value in measured["values"]),
             ]
         if incomplete:
@@ -96,14 +95,7 @@ def make_difference_sheet(summary: Summary) -> Sheet:
             change, reference = (row.get("difference") or {}).get(name), row.get("reference")
             cells += [("" if reference in (None, row["label"]) else reference)] * (len(references) > 1)
             cells.append(format_published_difference(row["published_difference"].get(name)))
-            cells += (
-                ["", "", ""]
-                if change is None
-                else [
-                    format_difference(change["value"]),
-                    *(format_interval(change[f"over_{what}"], signed=True) for what in ("images", "seeds")),
-                ]
-            )
+            cells += ["", "", ""] if change is None else _format_difference(change)
         rows.append(cells)
     seeds = "means over the seeds that finished" if summary["seeds"] > 1 else "one seed"
     return Sheet(f"{name} in percent, {seeds}", head, rows)
@@ -116,10 +108,10 @@ def make_bin_sheet(summary: Summary) -> Sheet:
         cells = [row["label"]]
         for name in summary["size_bins"]:
             measured, change = ((row.get(key) or {}).get(name) for key in ("measured", "difference"))
-            cell = "" if measured is None else format_number(measured["mean"])
+            cell = "" if measured is None else format_number(measured["mean"], 1)
             if measured and change:
-                images, seeds = (format_interval(change[f"over_{what}"], signed=True) for what in ("images", "seeds"))
-                cell += f": {format_difference(change['value'])} (images {images}, seeds {seeds})"
+                difference, images, seeds = _format_difference(change)
+                cell += f": {difference} (images {images}, seeds {seeds})"
             cells.append(cell)
         rows.append(cells)
     title = f"AP by the square root of the area: mean, and difference to the reference ({100 * summary['level']:g} %)"
@@ -153,7 +145,7 @@ def make_metric_sheet(summary: Summary) -> Sheet:
     for row in summary["rows"]:
         measured = row.get("measured") or {}
         pairs = [(row["published"].get(name), (measured.get(name) or {}).get("mean")) for name in names]
-        cells = [f"{format_number(a)} / " * is_published + format_number(b, 2) for a, b in pairs]
+        cells = [f"{format_number(a, 1)} / " * is_published + format_number(b, 2) for a, b in pairs]
         rows.append([row["label"], *cells, row["split"] or "-"])
     title = "All metrics in percent" + ", published / measured" * is_published
     return Sheet(title, ["row", *names, "published on"], rows)
@@ -175,7 +167,7 @@ def make_cost_sheet(summary: Summary) -> Sheet:
                 row["label"],
                 format_number(row["params_M"], 2),
                 *counts,
-                format_number(row["time_ms"]),
+                format_number(row["time_ms"], 1),
                 *(none if v is None else f"{v:,.1f}" for v in values),
             ]
         )
@@ -270,19 +262,15 @@ def sheet_table(sheet: Sheet) -> Terminal:
     return table
 
 
-def format_number(value: float | None, digits: int = 1) -> str:
-    """Format a value; a dash for None."""
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def format_difference(value: float | None) -> str:
-    """Format a measured difference with its sign."""
-    return "-" if value is None else f"{value:+.{choose_decimals(value, least=2)}f}"
-
-
 def format_published_difference(value: float | None) -> str:
     """Format a published difference with its sign and its own decimals, at least one."""
     return "-" if value is None else f"{value:+.1f}" if abs(value - round(value, 1)) < 1e-6 else f"{value:+.2f}"
+
+
+def _format_difference(change: Summary) -> list[str]:
+    """Format a measured difference and its intervals over images and over seeds."""
+    intervals = (format_interval(change[f"over_{what}"], 2, signed=True) or "none" for what in ("images", "seeds"))
+    return [format_difference(change["value"], 2), *intervals]
 
 
 def _format_line(cells: Sequence[str]) -> str:

@@ -1,12 +1,12 @@
 """Texts of a summary: conclusions, coverage of the intervals, notes, cost, and paths without machine-specific parts."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fusedet.ablation.spec import RESAMPLED
-from fusedet.evaluation.confidence_intervals import choose_decimals
+from fusedet.evaluation.formatting import format_difference, format_interval
 
 Summary = Mapping[str, Any]
 NO_IMAGE_INTERVAL = "There is no interval over images: other images may change the sign."
@@ -36,13 +36,6 @@ def shorten_path(argument: str, keep: int = 1) -> str:
     return f"{key}={short}" if sign else short
 
 
-def format_interval(pair: Sequence[float | None] | None, *, signed: bool = False) -> str:
-    """Format an interval; "none" if it needs more seeds or instances."""
-    known = [end for end in pair or () if end is not None]
-    digits = choose_decimals(*known, least=2)
-    return " to ".join(f"{end:{'+' * signed}.{digits}f}" for end in known) if len(known) == 2 else "none"
-
-
 def draw_conclusion(row: Summary, metric: str, runs_of: Mapping[str, str]) -> str:
     """Say in a sentence or two what the intervals of a row's difference to its reference allow one to conclude.
 
@@ -64,9 +57,8 @@ def draw_conclusion(row: Summary, metric: str, runs_of: Mapping[str, str]) -> st
     if change is None or change["value"] is None or (metric in RESAMPLED and change["over_images"] is None):
         return "The data has no instance that counts: no conclusion."
     value = change["value"]
-    size = f"{abs(value):.{choose_decimals(value, least=2)}f}"
-    head = f"{metric} {size} {'higher' if value > 0 else 'lower'} than '{reference}'"
-    images, seeds = (format_interval(change[f"over_{name}"], signed=True) for name in ("images", "seeds"))
+    head = f"{metric} {format_difference(value, 2)[1:]} {'higher' if value > 0 else 'lower'} than '{reference}'"
+    images, seeds = (format_interval(change[f"over_{name}"], 2, signed=True) for name in ("images", "seeds"))
     clear_over_images, clear_over_seeds = (
         ends is not None and not ends[0] <= 0 <= ends[1] for ends in (change["over_images"], change["over_seeds"])
     )

@@ -19,7 +19,8 @@ from fusedet.data.dataset import DetectionDataset
 from fusedet.data.splits import read_split
 from fusedet.errors import InputError, at_least
 from fusedet.evaluation.bootstrap import METRICS as BOOTSTRAP_METRICS
-from fusedet.evaluation.confidence_intervals import LEVEL, choose_decimals
+from fusedet.evaluation.confidence_intervals import LEVEL
+from fusedet.evaluation.formatting import describe_interval, format_difference
 from fusedet.evaluation.results import DetectionTable
 from fusedet.exporters import find_export
 from fusedet.interop.published_weights import is_published_name
@@ -133,18 +134,17 @@ def compare(
 
 def conclusion(row: dict[str, float], images: int) -> str:
     """Return what the difference of AP and its interval allow one to conclude, as a sentence or two."""
-    change, low, high = row["difference"], row["low"], row["high"]
+    change, low, high = format_difference(row["difference"]), row["low"], row["high"]
     if math.isnan(low):
         return "Nothing can be concluded: the data hold no object that counts."
-    digits = choose_decimals(change, low, high, least=3)
-    ends = f"{100 * LEVEL:g} % interval over the {images} images {low:+.{digits}f} to {high:+.{digits}f}"
+    ends = describe_interval((low, high), images)
     if low <= 0 <= high:
-        difference = f"the difference of AP is {change:+.{digits}f}, but its {ends} holds 0"
+        difference = f"the difference of AP is {change}, but its {ends} holds 0"
         return f"Nothing can be concluded about which is better: {difference}."
-    better, worse = ("B", "A") if change > 0 else ("A", "B")
+    better, worse = ("B", "A") if row["difference"] > 0 else ("A", "B")
     return (
         f"{better} is better than {worse} on images such as these: "
-        f"AP {abs(change):.{digits}f} higher, {ends} of B - A. "
+        f"AP {change[1:]} higher, {ends} of B - A. "
         "This is about these two sets of weights; another seed may give another difference."
     )
 

@@ -1,6 +1,5 @@
 """Tables for the terminal: metrics, two runs side by side, a detector's cost, a dataset's report."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from rich.text import Text
 
 from fusedet.data.validation import DatasetReport
 from fusedet.errors import plural
-from fusedet.evaluation.confidence_intervals import choose_decimals
+from fusedet.evaluation.formatting import format_difference, format_interval, format_number
 
 MOST_ERRORS = 20
 """Errors of a split that are listed; the others are counted."""
@@ -20,25 +19,26 @@ MOST_ERRORS = 20
 def metrics_table(metrics: Mapping[str, Any], title: str) -> RenderableType:
     """Return AP and AR by object size (of masks too where there are any), then AP per class."""
     table = _table("", "all", "IoU 0.5", "IoU 0.75", "small", "medium", "large", title=title)
+    names = ("AP", "AP50", "AP75", "APs", "APm", "APl")
     for kind in ("", "mask_") if "mask_AP" in metrics else ("",):
         name = kind.replace("_", " ")
-        table.add_row(f"{name}AP", *(number(metrics[kind + k]) for k in ("AP", "AP50", "AP75", "APs", "APm", "APl")))
-        recall = [number(metrics[kind + k]) for k in ("AR100", "ARs", "ARm", "ARl")]
+        table.add_row(f"{name}AP", *(format_number(metrics[kind + k]) for k in names))
+        recall = [format_number(metrics[kind + k]) for k in ("AR100", "ARs", "ARm", "ARl")]
         table.add_row(f"{name}AR", recall[0], "", "", *recall[1:])
         for limit in [key.partition("@")[2] for key in metrics if key.startswith(f"{kind}AP@")]:
-            names = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-            table.add_row(f"{name}AP@{limit}", *(number(metrics[f"{kind}{k}@{limit}"]) for k in names))
-            recall = [number(metrics[f"{kind}{k}@{limit}"]) for k in ("AR", "ARs", "ARm", "ARl")]
+            table.add_row(f"{name}AP@{limit}", *(format_number(metrics[f"{kind}{k}@{limit}"]) for k in names))
+            recall = [format_number(metrics[f"{kind}{k}@{limit}"]) for k in ("AR", "ARs", "ARm", "ARl")]
             table.add_row(f"{name}AR@{limit}", recall[0], "", "", *recall[1:])
     bins = _table("size in pixels", "objects", "AP", "AR")
     for row in metrics.get("size_bins", ()):
-        bins.add_row(f"{row['from']:g} to {row['to']:g}", f"{row['objects']:,}", number(row["AP"]), number(row["AR"]))
+        values = map(format_number, (row["AP"], row["AR"]))
+        bins.add_row(f"{row['from']:g} to {row['to']:g}", f"{row['objects']:,}", *values)
     extra = [name for name in ("VOC_AP", "VOC_AP_11_point") if name in metrics]
-    line = "  ".join(f"{name.replace('_', ' ')} {number(metrics[name])}" for name in extra)
+    line = "  ".join(f"{name.replace('_', ' ')} {format_number(metrics[name])}" for name in extra)
     columns = [key for key in (metrics["classes"] or [{}])[0] if key not in ("name", "images", "objects")]
     classes = _table("class", "images", "objects", *(name.replace("_", " ") for name in columns))
     for row in metrics["classes"]:
-        values = (number(row[name]) for name in columns)
+        values = map(format_number, (row[name] for name in columns))
         classes.add_row(escape(row["name"]), str(row["images"]), str(row["objects"]), *values)
     return Group(table, *([bins] if bins.row_count else []), *([Text(line)] if line else []), classes)
 
@@ -54,16 +54,13 @@ def comparison_table(report: Mapping[str, Any]) -> RenderableType:
     for title, rows in rows_by_title.items():
         table = _table(title, "A", "B", "B - A", level)
         for row in rows:
-            digits = choose_decimals(row["difference"], row["low"], row["high"], least=3)
-            interval = "-" if math.isnan(row["low"]) else f"{row['low']:+.{digits}f} to {row['high']:+.{digits}f}"
-            change = "-" if math.isnan(row["difference"]) else f"{row['difference']:+.{digits}f}"
-            table.add_row(escape(row["name"]), number(row["a"]), number(row["b"]), change, interval)
+            _add_difference(table, row["name"], row)
         tables.append(table)
     errors = _table("errors at IoU 0.5", "A", "B", "AP50 lost, A", "B")
     a, b = (report["errors"][side]["kinds"] for side in "ab")
     for kind in a:
         counts = [f"{side[kind]['count']:,}" for side in (a, b)]
-        errors.add_row(kind, *counts, *(number(side[kind]["dAP"]) for side in (a, b)))
+        errors.add_row(kind, *counts, *(format_number(side[kind]["dAP"]) for side in (a, b)))
     return Group(Text(f"A: {report['a']}\nB: {report['b']}"), *tables, errors)
 
 
@@ -73,10 +70,7 @@ def tiles_table(report: Mapping[str, Any]) -> RenderableType:
     title = f"tiles of {tiles['size']} pixels, {tiles['per_image']:.1f} windows per image"
     table = _table("", "whole", "tiles", "difference", f"{100 * report['level']:g} % over images", title=title)
     for name, row in report["figures"].items():
-        digits = choose_decimals(row["difference"], row["low"], row["high"], least=3)
-        interval = "-" if math.isnan(row["low"]) else f"{row['low']:+.{digits}f} to {row['high']:+.{digits}f}"
-        change = "-" if math.isnan(row["difference"]) else f"{row['difference']:+.{digits}f}"
-        table.add_row(name, number(row["a"]), number(row["b"]), change, interval)
+        _add_difference(table, name, row)
     times = [f"{1000 * seconds[side]:,.0f} ms" for side in "ab"]
     table.add_row("time per image", *times, f"x {seconds['b'] / seconds['a']:.1f}", "")
     return table
@@ -167,9 +161,11 @@ def _content(split: str, statistics: Mapping[str, Any]) -> str:
     return f"{text}\n  smallest after the resize: {w:.0f}x{h:.0f} becomes {side:.1f} pixels, in {image}"
 
 
-def number(value: float | None) -> str:
-    """Return three digits, or a dash for None and NaN."""
-    return "-" if value is None or math.isnan(value) else f"{value:.3f}"
+def _add_difference(table: Table, name: str, row: Mapping[str, Any]) -> None:
+    """Add a row of a metric on both sides, their difference and its interval."""
+    interval = format_interval((row["low"], row["high"]), signed=True) or "-"
+    change = format_difference(row["difference"])
+    table.add_row(escape(name), format_number(row["a"]), format_number(row["b"]), change, interval)
 
 
 def _table(*columns: str, title: str = "") -> Table:

@@ -27,7 +27,8 @@ from fusedet.data.splits import read_split
 from fusedet.data.tiling import count_windows
 from fusedet.data.usable_targets import require_usable_targets
 from fusedet.errors import InputError, at_least
-from fusedet.evaluation.confidence_intervals import LEVEL, choose_decimals
+from fusedet.evaluation.confidence_intervals import LEVEL
+from fusedet.evaluation.formatting import describe_interval, format_difference
 from fusedet.evaluation.results import Result
 from fusedet.exporters import ExportedDetector
 from fusedet.process_ranks import get_ranks
@@ -160,17 +161,16 @@ def conclude(figures: Mapping[str, Mapping[str, float]], slower: float, images: 
         images: The number of images.
     """
     row = figures["AP"]
-    change, low, high = row["difference"], row["low"], row["high"]
+    change, low, high = format_difference(row["difference"]), row["low"], row["high"]
     cost = f"an image takes {slower:.1f} times as long"
     if not low <= high:  # NaN
         return f"Nothing can be concluded about tiles: the data hold no object that counts; {cost}."
-    digits = choose_decimals(change, low, high, least=3)
-    ends = f"{100 * LEVEL:g} % interval over the {images} images {low:+.{digits}f} to {high:+.{digits}f}"
+    ends = describe_interval((low, high), images)
     if low <= 0 <= high:
-        text = f"It is open whether tiles help here: AP {change:+.{digits}f}, {ends} holds 0; {cost}."
+        text = f"It is open whether tiles help here: AP {change}, {ends} holds 0; {cost}."
     else:
-        verdict = "help" if change > 0 else "harm"
-        text = f"Tiles {verdict} here: AP {change:+.{digits}f}, {ends}; {cost}."
+        verdict = "help" if row["difference"] > 0 else "harm"
+        text = f"Tiles {verdict} here: AP {change}, {ends}; {cost}."
     sizes = {"APs": "small", "APm": "medium", "APl": "large"}
     for word, sign in (("gain", 1), ("lose", -1)):
         own = [name for key, name in sizes.items() if min(sign * figures[key]["low"], sign * figures[key]["high"]) > 0]

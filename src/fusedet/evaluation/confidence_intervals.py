@@ -92,18 +92,6 @@ def compute_percentile_interval(values: np.ndarray, count: int, level: float = L
     return ends[0], ends[1]
 
 
-def choose_decimals(*values: float, least: int) -> int:
-    """Choose how many decimals to print so that no value but 0 is printed as 0.
-
-    >>> choose_decimals(-0.0004, 0.041, least=3), choose_decimals(0.0, 1.0, least=2)
-    (4, 2)
-    """
-    digits = least
-    while digits < least + 4 and any(value and not round(value, digits) for value in values):
-        digits += 1
-    return digits
-
-
 @lru_cache(maxsize=1024)
 def t_quantile(p: float, freedom: float) -> float:
     """Return the p quantile, 0 < p < 1, of Student's t with `freedom` > 0 degrees of freedom, not necessarily whole.

@@ -15,6 +15,7 @@ from fusedet.evaluation.coco_matching import AREAS, is_outside
 from fusedet.evaluation.coco_metrics import compute_precision_recall
 from fusedet.evaluation.confidence_intervals import compute_percentile_interval
 from fusedet.evaluation.error_analysis import analyze_errors
+from fusedet.evaluation.formatting import format_interval
 from fusedet.evaluation.image_matching import IGNORED, match_images
 from fusedet.evaluation.results import DetectionTable, Result, build_detection_table
 from fusedet.evaluation.score_thresholds import BestThreshold, find_best_thresholds
@@ -195,11 +196,6 @@ def summarize(analysis: Analysis) -> list[str]:
     return text
 
 
-def format_ends(low: float, high: float, digits: int = 3) -> str:
-    """Format the ends of an interval; nothing without one."""
-    return f"{low:.{digits}f} to {high:.{digits}f}" if math.isfinite(low) and math.isfinite(high) else ""
-
-
 def _interval(low: float, high: float) -> str:
-    ends = format_ends(low, high)
+    ends = format_interval((low, high))
     return f" ({ends})" if ends else ""

@@ -27,7 +27,7 @@
       const values = { precision: right / detections, recall: right / counts.objects[k] };
       for (const cell of all("[data-role]", row)) {
         const value = values[cell.dataset.role];
-        cell.textContent = Number.isFinite(value) ? value.toFixed(3) : "–";
+        cell.textContent = Number.isFinite(value) ? value.toFixed(3) : "-";
         if (Number.isFinite(value)) cell.dataset.v = value; else delete cell.dataset.v;
       }
     }

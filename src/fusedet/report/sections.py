@@ -7,7 +7,8 @@ from html import escape
 import numpy as np
 
 from fusedet.evaluation.calibration import Calibration
-from fusedet.report.analysis import KIND_TEXTS, RESAMPLES, Analysis, format_ends, summarize
+from fusedet.evaluation.formatting import format_interval, format_number
+from fusedet.report.analysis import KIND_TEXTS, RESAMPLES, Analysis, summarize
 from fusedet.report.charts import INK, Curve, class_hex, draw_curves, draw_intervals, draw_reliability
 from fusedet.report.counts import DEFAULT
 from fusedet.visualization.page import make_faint, make_plain_table, make_section
@@ -16,20 +17,15 @@ from fusedet.visualization.training_curves import loss_terms, smooth
 MOST_CURVES = 10  # classes whose precision-recall curves have colors
 
 
-def format_value(value: float | None, digits: int = 3) -> str:
-    """Format a metric; a dash for NaN and None."""
-    return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
-
-
 def make_overview(analysis: Analysis) -> str:
     """Return the first screen: where it fails, the metrics, the error breakdown and AP by size."""
     sentences = "".join(f"<li>{escape(line)}</li>" for line in summarize(analysis))
     metrics, tiles = analysis.metrics, ""
     for name in ("AP", "AP50", "AP75", "AR100", "mask_AP", "VOC_AP"):
         if name in metrics:
-            ends = format_ends(*analysis.intervals.get(name, (math.nan, math.nan)))
+            ends = format_interval(analysis.intervals.get(name))
             tiles += (
-                f"<div><dt>{name.replace('_', ' ')}</dt><dd>{format_value(metrics[name])}</dd><dd>{ends}</dd></div>"
+                f"<div><dt>{name.replace('_', ' ')}</dt><dd>{format_number(metrics[name])}</dd><dd>{ends}</dd></div>"
             )
     sizes = draw_intervals(
         [(f"{row.name} ({row.objects:,})", row.ap, row.low, row.high) for row in analysis.sizes], "AP"
@@ -76,7 +72,7 @@ def make_precision_recall(analysis: Analysis) -> str:
     mean = analysis.precision_recall
     curves.append(
         Curve(
-            f"mean of {len(rows)} classes {format_value(mean['AP'])}", mean["recall"], _reached(mean["mean"]), INK, 2.6
+            f"mean of {len(rows)} classes {format_number(mean['AP'])}", mean["recall"], _reached(mean["mean"]), INK, 2.6
         )
     )
     note = f"At IoU 0.5, with AP50; of {len(rows)} classes the five best and the five worst (dashed)."
@@ -107,7 +103,7 @@ def make_calibration(analysis: Analysis) -> str:
 
 
 def _describe_ece(own: Calibration) -> str:
-    return f"{format_value(own.ece)} ({int(own.count.sum()):,} detections)"
+    return f"{format_number(own.ece)} ({int(own.count.sum()):,} detections)"
 
 
 def make_training(table: Mapping[str, np.ndarray]) -> str:
@@ -146,8 +142,8 @@ def make_metrics(analysis: Analysis) -> str:
     rows = []
     for name, value in analysis.metrics.items():
         if isinstance(value, (int, float)):
-            ends = format_ends(*analysis.intervals.get(name, (math.nan, math.nan)))
-            rows.append((name.replace("_", " "), f"{format_value(value)}{f' ({ends})' if ends else ''}"))
+            ends = format_interval(analysis.intervals.get(name))
+            rows.append((name.replace("_", " "), f"{format_number(value)}{f' ({ends})' if ends else ''}"))
     return make_section("All metrics", f"<details><summary>Show</summary>{make_plain_table(rows)}</details>", "metrics")
 
 

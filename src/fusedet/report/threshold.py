@@ -5,6 +5,7 @@ from html import escape
 
 from fusedet.data.dataset import DetectionDataset
 from fusedet.errors import plural
+from fusedet.evaluation.formatting import format_interval, format_number
 from fusedet.report.analysis import Analysis
 from fusedet.report.counts import (
     BACKGROUND,
@@ -20,7 +21,6 @@ from fusedet.report.counts import (
     fill_matrix,
 )
 from fusedet.report.gallery import Box, Thumbnail
-from fusedet.report.sections import format_ends, format_value
 from fusedet.visualization.page import make_faint, make_section
 
 _NAMES = {
@@ -41,7 +41,7 @@ def make_control(analysis: Analysis) -> str:
         numbers += f'<div><dt>{escape(_NAMES[kind][0])}</dt><dd data-count="{kind}">{count:,}</dd></div>'
     jump = ""
     if math.isfinite(best.threshold):
-        ends = f" ({format_ends(best.low, best.high, 2)})" if math.isfinite(best.low) else ""
+        ends = f" ({format_interval((best.low, best.high), 2)})" if math.isfinite(best.low) else ""
         jump = (
             f'<button type="button" data-jump="{round(100 * best.threshold)}">Best F1 of all classes: '
             f"{best.threshold:.2f}{ends}</button>"
@@ -88,14 +88,14 @@ def make_classes(analysis: Analysis) -> str:
         values = [
             _make_number(row["images"], f"{row['images']:,}"),
             _make_number(row["objects"], f"{row['objects']:,}"),
-            _make_number(row["AP"], format_value(row["AP"])),
-            _make_number(ends[1] - ends[0], format_ends(*ends)),
-            _make_number(row["AP50"], format_value(row["AP50"])),
-            _make_number(best.threshold, format_value(best.threshold, 2)),
-            _make_number(best.high - best.low, format_ends(best.low, best.high, 2)),
-            _make_number(best.f1, format_value(best.f1)),
-            _make_number(precision, format_value(precision), "precision"),
-            _make_number(recall, format_value(recall), "recall"),
+            _make_number(row["AP"], format_number(row["AP"])),
+            _make_number(ends[1] - ends[0], format_interval(ends)),
+            _make_number(row["AP50"], format_number(row["AP50"])),
+            _make_number(best.threshold, format_number(best.threshold, 2)),
+            _make_number(best.high - best.low, format_interval((best.low, best.high), 2)),
+            _make_number(best.f1, format_number(best.f1)),
+            _make_number(precision, format_number(precision), "precision"),
+            _make_number(recall, format_number(recall), "recall"),
         ]
         name = f'<th scope="row">{escape(row["name"])}</th>'
         rows.append((row["AP"], f'<tr data-class="{k}">{name}{"".join(values)}</tr>'))
