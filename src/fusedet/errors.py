@@ -101,6 +101,16 @@ def plural(count: int, thing: str) -> str:
     return f"{count} {thing}{'' if count == 1 else 'es' if thing.endswith(('s', 'x')) else 's'}"
 
 
+def shorten_list(items: Iterable[object], limit: int = 5) -> str:
+    """Join the first items by commas, and count the others.
+
+    >>> shorten_list("abc", 3), shorten_list("abcde", 3)
+    ('a, b, c', 'a, b, c and 2 more')
+    """
+    texts = list(map(str, items))
+    return ", ".join(texts[:limit]) + f" and {len(texts) - limit} more" * (len(texts) > limit)
+
+
 def at_least(least: int, **values: int) -> None:
     """Raise InputError for a number, given with its name, that is too small."""
     for name, value in values.items():

@@ -15,7 +15,7 @@ from fusedet.ablation.plan_sheet import make_plan_sheet
 from fusedet.api.results import CommandResult, lines, list_files, names_of
 from fusedet.api.settings import Settings, to_overrides
 from fusedet.data import synthetic
-from fusedet.errors import InputError, at_least, one_of
+from fusedet.errors import InputError, at_least, one_of, plural
 from fusedet.process_ranks import get_ranks
 
 Launcher = Literal["local", "slurm"]
@@ -113,7 +113,7 @@ class PowerEstimate(CommandResult):
 
     def __rich__(self) -> RenderableType:
         noise = self.noise
-        runs = f"{noise.runs} run{'s' * (noise.runs > 1)} of '{self.baseline}' on {noise.images} images"
+        runs = f"{plural(noise.runs, 'run')} of '{self.baseline}' on {noise.images} images"
         text = [
             f"{self.metric} of {runs}: standard error over images {noise.over_images:.2f}",
             f"between seeds {noise.between_seeds:.2f}; of two seeds' difference over images {noise.of_pairs:.2f}"

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fusedet.api.validate import shorten_list
 from fusedet.atomic_io import open_atomically, write_atomically
 from fusedet.data.dataset import DetectionDataset
-from fusedet.errors import InputError, plural
+from fusedet.errors import InputError, plural, shorten_list
 from fusedet.evaluation.mask_iou import compute_mask_area, validate_masks
 from fusedet.evaluation.results import Result, build_detection_table
 
@@ -51,7 +50,7 @@ def server_split(dataset: DetectionDataset, max_det: int) -> str:
         different = sorted(CATEGORIES ^ set(dataset.category_ids))
         raise InputError(
             f"{dataset.source} has {len(dataset.names)} categories, but COCO's server wants COCO's 80: the ids differ "
-            f"in {shorten_list(map(str, different))}"
+            f"in {shorten_list(different)}"
         )
     if max_det > MOST:
         raise InputError(f"test.max_det={max_det}: COCO's rules allow {MOST} detections of an image")

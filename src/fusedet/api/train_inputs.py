@@ -8,7 +8,7 @@ from fusedet.api.detection import check_tile_size, get_strides
 from fusedet.api.load_model import class_names, weights_file
 from fusedet.api.settings import is_run_dir, resolve_config
 from fusedet.api.starting_weights import adapt_class_rows, describe_matches, match_class_names
-from fusedet.api.validate import BOX_METRICS, MASK_METRICS, check_masks, has_mask_branch, shorten_list
+from fusedet.api.validate import BOX_METRICS, MASK_METRICS, check_masks, has_mask_branch
 from fusedet.config import Config
 from fusedet.data.augmentation import AugmentedTransform
 from fusedet.data.class_names import compare_class_names, count_per_label, label_classes
@@ -24,7 +24,7 @@ from fusedet.data.splits import read_split
 from fusedet.data.tiling import tile_dataset
 from fusedet.data.transforms import TrainTransform
 from fusedet.engine import checkpoint
-from fusedet.errors import InputError, plural, unknown
+from fusedet.errors import InputError, plural, shorten_list, unknown
 from fusedet.models.backbones import TimmBackbone
 from fusedet.models.detectors import (
     DetectorModule,

@@ -19,7 +19,7 @@ from fusedet.collectives import gather_objects
 from fusedet.config import Config
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.loader import build_eval_loader
-from fusedet.errors import InputError, plural
+from fusedet.errors import InputError, plural, shorten_list
 from fusedet.evaluation.results import Result
 from fusedet.exporters import ExportedDetector
 from fusedet.models.detectors import selection_options
@@ -266,9 +266,3 @@ def require_class_names(dataset: DetectionDataset, names: Iterable[str], source:
             f"{source} knows the {plural(len(names), 'class')} {shorten_list(names)}, but {dataset.source} has the "
             f"{plural(len(dataset.names), 'class')} {shorten_list(dataset.names)}: use data with the same class names"
         )
-
-
-def shorten_list(names: Iterable[str]) -> str:
-    """Return the first names of a list as text."""
-    names = list(names)
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -9,7 +9,7 @@ from fusedet.data.annotation_cleaning import MARGIN
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.duplicate_images import ImagePrint, find_shared_images
 from fusedet.data.findings import Finding
-from fusedet.errors import plural
+from fusedet.errors import plural, shorten_list
 
 NO_ANNOTATIONS = "classes without annotations"
 
@@ -95,11 +95,10 @@ def describe_rare_classes(dataset: DetectionDataset) -> Finding | None:
     least = int(np.where(rare, counts, counts.max()).argmin())
     threshold = float(f"{min(1.0, _REPEATED**2 * used.min() / len(dataset)):.1g}")
     names = [dataset.names[k] for k in np.flatnonzero(rare)]
-    shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
     advice = f"train.balance={threshold:g} repeats their images"
     frequent = f"{dataset.names[int(counts.argmax())]} in {int(counts.max())}"
     fewest = f"{dataset.names[least]} is in {plural(int(used.min()), 'image')}"
-    message = f"{plural(len(names), 'rare class')} ({shown}): {fewest}, {frequent}; {advice}"
+    message = f"{plural(len(names), 'rare class')} ({shorten_list(names, _SHOWN)}): {fewest}, {frequent}; {advice}"
     return Finding("warning", message, "rare classes", len(names), dataset.source, advice, is_harmless=True)
 
 
@@ -149,9 +148,8 @@ def compare_splits(
         (shared.similar, "validation images that look nearly like training images"),
     ):
         if pairs:
-            some = ", ".join(f"{paths[0][i]} = {paths[1][j]}" for i, j in pairs[:_SHOWN])
-            more = ", ..." if len(pairs) > _SHOWN else ""
-            message = f"{kind}: {len(pairs)} of {len(val)}, so that metrics are too high: {some}{more}"
+            some = shorten_list((f"{paths[0][i]} = {paths[1][j]}" for i, j in pairs), _SHOWN)
+            message = f"{kind}: {len(pairs)} of {len(val)}, so that metrics are too high: {some}"
             findings.append(
                 Finding("warning", message, kind, len(pairs), str(paths[0][pairs[0][0]]), "remove them from one split")
             )

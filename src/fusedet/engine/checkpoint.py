@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fusedet import safe_load
 from fusedet.atomic_io import write_atomically
-from fusedet.errors import InputError
+from fusedet.errors import InputError, shorten_list
 from fusedet.host_copy import copy_to_host
 
 Weights = dict[str, Tensor]
@@ -126,13 +126,13 @@ def refuse_misfit(model: nn.Module, state_dict: Mapping[str, Tensor], source: Pa
         for key in own
         if key in state_dict and state_dict[key].shape != own[key].shape
     ]
-    differences = [
-        _first("without", [key for key in own if key not in state_dict]),
-        _first("with unknown", [key for key in state_dict if key not in own]),
-        _first("of another shape:", shapes),
-    ]
-    if any(differences):
-        raise InputError(f"{source} does not fit this model: " + "; ".join(text for text in differences if text))
+    differences = {
+        "without": [key for key in own if key not in state_dict],
+        "with unknown": [key for key in state_dict if key not in own],
+        "of another shape:": shapes,
+    }
+    if listed := [f"{what} {shorten_list(items, 3)}" for what, items in differences.items() if items]:
+        raise InputError(f"{source} does not fit this model: {'; '.join(listed)}")
 
 
 def _tensors(value: Any, path: Path) -> Weights:
@@ -150,11 +150,6 @@ def _texts(value: Any, path: Path) -> dict[str, str]:
     if not isinstance(value, Mapping) or not all(isinstance(text, str) for item in value.items() for text in item):
         raise InputError(f"{path} is not a fusedet checkpoint: its description (meta) must be texts by name")
     return dict(value)
-
-
-def _first(what: str, items: list[str], limit: int = 3) -> str:
-    more = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return f"{what} {', '.join(items[:limit])}{more}" if items else ""
 
 
 def _existing(path: Path) -> Path:

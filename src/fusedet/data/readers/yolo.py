@@ -30,7 +30,7 @@ from fusedet.data.readers.key_points import read_key_point_values, require_key_p
 from fusedet.data.readers.left_out_files import Problems, find_left_out_yolo_files
 from fusedet.data.readers.number_text import parse_number
 from fusedet.data.segmentation import is_drawable
-from fusedet.errors import InputError
+from fusedet.errors import InputError, shorten_list
 
 _NOT_SPLITS = {"path", "names", "nc", "download", "roboflow", "kpt_shape", "flip_idx", "channels"}
 _NULL = {"", "null", "~"}
@@ -154,8 +154,7 @@ def load_data_yaml(file: Path) -> dict[str, Any]:
 
 def list_yolo_splits(data: dict[str, Any]) -> dict[str, str]:
     """Return the splits of a data.yaml's content and the paths of each."""
-    entries = _list_entries(data).items()
-    return {name: ", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "") for name, paths in entries}
+    return {name: shorten_list(paths, 3) for name, paths in _list_entries(data).items()}
 
 
 def get_label_path(image: str) -> str:

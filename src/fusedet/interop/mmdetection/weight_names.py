@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedet.config import Model
-from fusedet.errors import InputError
+from fusedet.errors import InputError, shorten_list
 from fusedet.interop.mmdetection.backbone_weights import STEMS, backbone_rules
 from fusedet.interop.mmdetection.weight_tables import FURTHER_NECKS, OUTPUTS, Rule
 
@@ -229,11 +229,7 @@ def match_weights(
             if k in wanted and v.shape != wanted[k].shape
         ],
     }
-    listed = [
-        f"{len(items)} {what}: {', '.join(items[:10])}{f' and {len(items) - 10} more' if len(items) > 10 else ''}"
-        for what, items in problems.items()
-        if items
-    ]
+    listed = [f"{len(items)} {what}: {shorten_list(items, 10)}" for what, items in problems.items() if items]
     if listed:
         raise InputError(f"{source} does not match: " + "; ".join(listed))
     return {k: v for k, v in result.items() if v is not None}

@@ -13,7 +13,7 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from fusedet import safe_load
-from fusedet.errors import InputError, unknown
+from fusedet.errors import InputError, shorten_list, unknown
 from fusedet.function_skipping import shapes_only
 from fusedet.models.backbones.swin import pad_before_shift, size_options
 from fusedet.quiet import quiet
@@ -172,8 +172,8 @@ def _check_loaded(model: nn.Module, state: dict[str, Tensor], weights: str, name
 
     missing = [key for key, value in wanted.items() if not is_loaded(value)]
     if missing:
-        first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise InputError(
-            f"model.backbone.weights={weights} lacks {len(missing)} of the {len(wanted)} tensors of '{name}': {first}; "
-            f"it holds {', '.join(list(state)[:3]) or 'no tensor'}, ...: give this model's state dict by timm's names"
+            f"model.backbone.weights={weights} lacks {len(missing)} of the {len(wanted)} tensors of '{name}': "
+            f"{shorten_list(missing, 3)}; it holds {shorten_list(state, 3) or 'no tensor'}: give this model's state "
+            "dict by timm's names"
         )
