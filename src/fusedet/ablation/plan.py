@@ -9,7 +9,7 @@ from typing import Any, Literal
 from fusedet import config
 from fusedet.ablation.spec import Table
 from fusedet.api.predict import pick_device
-from fusedet.api.run_dir import read_fingerprints, read_json
+from fusedet.api.run_dir import choose_unused_name, read_fingerprints, read_json
 from fusedet.api.train_inputs import check_monitor, learns_masks, open_data
 from fusedet.api.validate import has_mask_branch
 from fusedet.config import Config
@@ -184,8 +184,7 @@ class Plan:
         slugs: dict[str, str] = {}
         for row in self.table.rows:
             slug = re.sub(r"[^a-z0-9.]+", "_", row.label.lower()).strip("_.") or "row"
-            names = (slug if i == 1 else f"{slug}-{i}" for i in range(1, len(self.table.rows) + 1))
-            slugs[row.label] = next(name for name in names if name not in slugs.values())
+            slugs[row.label] = choose_unused_name(slug, lambda name: name in slugs.values())
         return slugs
 
 

@@ -211,5 +211,4 @@ def compute_maps(predictor: Predictor, image: Tensor, class_name: str, best_only
 
 def _stem(target: Path, path: Path) -> Path:
     """A file name prefix that no other image has; two images may have the same name."""
-    names = (path.stem if i == 1 else f"{path.stem}-{i}" for i in range(1, 1_000_000))
-    return next(target / name for name in names if not list(target.glob(f"{name}-[a-z]*.png")))
+    return target / run_dir.choose_unused_name(path.stem, lambda name: any(target.glob(f"{name}-[a-z]*.png")))

@@ -111,7 +111,7 @@ def predict_videos(
 def _choose_name(source: str, names: set[str]) -> str:
     """Return the name of a video's files, different from those before."""
     stem = f"camera-{source}" if source.isdecimal() else "stream" if is_stream(source) else Path(source).stem
-    name = next(n for i in range(len(names) + 1) if (n := f"{stem}-{i + 1}" if i else stem) not in names)
+    name = run_dir.choose_unused_name(stem, names.__contains__)
     names.add(name)
     return name
 

@@ -50,8 +50,12 @@ def check_new_dir(folder: str | Path | None) -> None:
 
 def find_free_path(parent: str | Path, name: str, ending: str = "") -> Path:
     """Return the first of parent/name, parent/name-2, ... that does not exist; a file's name gets its ending."""
-    paths = (Path(parent) / f"{name}{'' if i == 1 else f'-{i}'}{ending}" for i in count(1))
-    return next(path for path in paths if not path.exists())
+    return Path(parent, choose_unused_name(name, lambda own: Path(parent, f"{own}{ending}").exists()) + ending)
+
+
+def choose_unused_name(name: str, is_taken: Callable[[str], bool], separator: str = "-") -> str:
+    """Return the first of name, name-2, name-3, ... that is not taken."""
+    return next(own for i in count(1) if not is_taken(own := name if i == 1 else f"{name}{separator}{i}"))
 
 
 def parent_of(source: str | Path) -> Path:

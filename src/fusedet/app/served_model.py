@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fusedet.api.predict import SETTABLE, Prediction, Predictor, load
+from fusedet.api.run_dir import choose_unused_name
 from fusedet.api.settings import refuse_other_keys, split_overrides
 from fusedet.config.schema import PredictionTiles
 from fusedet.data.tiling import list_windows
@@ -100,7 +101,7 @@ def load_models(sources: Sequence[str | Path], overrides: Sequence[str], trust: 
     for source in sources:
         own = of_model if has_score or find_export(source) else [f"test.score={LOWEST_SCORE}", *of_model]
         predictor = load(source, *own, device=options.device, trust=trust)
-        name = _number_name(_name_model(source, predictor), models)
+        name = choose_unused_name(_name_model(source, predictor), models.__contains__, " #")
         models[name] = ServedModel(name, predictor, _get_lowest_score(predictor))
     return models
 
@@ -123,12 +124,6 @@ def _name_model(source: str | Path, predictor: Predictor) -> str:
         kinds = {".onnx": "ONNX", ".xml": "OpenVINO"}
         return f"{predictor.detector.metadata.name} ({kinds.get(predictor.source.suffix, 'torch.export')})"
     return str(source) if is_published_name(source) else Path(source).resolve().name
-
-
-def _number_name(name: str, taken: Mapping[str, ServedModel]) -> str:
-    """Append a number to a name that another model has."""
-    names = (name if i == 1 else f"{name} #{i}" for i in range(1, len(taken) + 2))
-    return next(text for text in names if text not in taken)
 
 
 def _get_lowest_score(predictor: Predictor) -> float:
