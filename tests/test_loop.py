@@ -418,16 +418,16 @@ def test_a_held_section_ends_before_the_interruption():
 
 def test_remaining_time_counts_validations():
     assert Pace().remaining(100, 1) == ""
-    assert Pace(steps=10, step_seconds=20).remaining(30, 2) == "over 0:01:00 left"
-    assert Pace(steps=10, step_seconds=20).remaining(30, 0) == "0:01:00 left"
-    assert Pace(steps=10, step_seconds=20, validations=2, validation_seconds=60).remaining(1800, 2) == "1:01:00 left"
+    assert Pace(steps=10, step_seconds=20).remaining(30, 2) == "over 60 s left"
+    assert Pace(steps=10, step_seconds=20).remaining(30, 0) == "60 s left"
+    assert Pace(steps=10, step_seconds=20, validations=2, validation_seconds=60).remaining(1800, 2) == "1 h 1 min left"
 
 
 def test_plain_lines_without_a_terminal(capsys, tmp_path):
     fabric = Fabric(accelerator="cpu", devices=1)
     fit(setup(fabric, FakeDetector(), FakeLoader(), RECIPE, out=tmp_path, validate=scores(0.5, 0.6, 0.4)))
     said = capsys.readouterr().out
-    assert "epoch 1/3, step 7/7: over 0:00:00 left · loss " in said
+    assert "epoch 1/3, step 7/7: over 0 s left · loss " in said
     assert "epoch 2/3: AP 0.6 (best)\n" in said
     assert "epoch 3/3: AP 0.4\n" in said
 

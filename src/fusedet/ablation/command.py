@@ -10,10 +10,11 @@ from rich.console import Group, RenderableType
 
 from fusedet import config
 from fusedet.ablation import experiment, plan, power, render, spec, summary, summary_text
-from fusedet.ablation.estimate import format_duration, parse_duration
+from fusedet.ablation.estimate import parse_duration
 from fusedet.ablation.plan_sheet import make_plan_sheet
 from fusedet.api.results import CommandResult, lines, list_files, names_of
 from fusedet.api.settings import Settings, to_overrides
+from fusedet.config.interval import format_duration
 from fusedet.data import synthetic
 from fusedet.errors import InputError, at_least, one_of, plural
 from fusedet.process_ranks import get_ranks

@@ -19,7 +19,7 @@ from fusedet.ablation.plan import Run
 from fusedet.api.detection import detect_batch
 from fusedet.api.load_model import weights_file, with_weights
 from fusedet.api.predict import Predictor, tuned
-from fusedet.api.timing import compute_percentiles, time_call
+from fusedet.api.timing import compute_percentiles, describe_device, time_call
 from fusedet.config import Config
 from fusedet.data.collate import collate_views, make_samples
 from fusedet.data.dataset import DetectionDataset
@@ -86,17 +86,9 @@ def measure_prediction(
             batch = _make_batch(model, dataset, i)
             # its result is on the CPU, so that no GPU work is pending
             times[label].append(1000 * time_call(partial(detect_batch, model.detector, batch, device))[1].wall)
-    if device.type == "cuda":
-        device_name = torch.cuda.get_device_name(device)
-    else:
-        device_name = f"{device}, {torch.get_num_threads()} threads"
+    name = describe_device(device)
     return {
-        label: {
-            **compute_percentiles(values),
-            "images": len(values),
-            "peak_MiB": peaks[label],
-            "device": device_name,
-        }
+        label: {**compute_percentiles(values), "images": len(values), "peak_MiB": peaks[label], "device": name}
         for label, values in times.items()
     }
 

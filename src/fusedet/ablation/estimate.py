@@ -38,21 +38,6 @@ def parse_duration(text: str) -> float:
     return seconds
 
 
-def format_duration(seconds: float) -> str:
-    """Format seconds for a reader.
-
-    >>> [format_duration(s) for s in (8, 95, 4000, 200000)]
-    ['8 s', '2 min', '1 h 7 min', '2 d 7 h']
-    """
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
-
-
 @dataclass
 class Clock:
     """Durations of finished runs, and the estimated durations of others.

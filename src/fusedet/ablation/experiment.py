@@ -12,6 +12,7 @@ from fusedet.ablation.cost import count_costs
 from fusedet.ablation.plan import Plan
 from fusedet.ablation.report import write_report
 from fusedet.ablation.summary import summarize
+from fusedet.config.interval import format_duration
 from fusedet.errors import InputError, plural, shorten_list
 
 Say = Callable[[str], None]
@@ -139,5 +140,5 @@ def _time_step(
 def _describe_left(queue: launcher.Queue) -> str:
     """Say which runs the budget has left out."""
     listed, seconds = shorten_list((f"'{run.label}' seed {run.seed}" for run in queue.left), 6), queue.left_seconds
-    rest = "" if seconds is None else f", about {estimate.format_duration(seconds)}"
+    rest = "" if seconds is None else f", about {format_duration(seconds)}"
     return f"the budget leaves out {plural(len(queue.left), 'run')}{rest}: {listed}; repeat the command to continue"

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fusedet.ablation.estimate import format_duration
 from fusedet.ablation.render import CITED, Sheet, drop_empty_paper_columns
 from fusedet.ablation.spec import METRICS
+from fusedet.config.interval import format_duration
 from fusedet.errors import plural
 from fusedet.evaluation.formatting import format_number
 

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 
-from fusedet.ablation.estimate import format_duration
 from fusedet.ablation.plots import draw_plots, validation_metric
 from fusedet.ablation.render import CITED, COST, NOT_MEASURED, Sheet, format_csv, format_markdown, make_sheets
 from fusedet.ablation.summary_text import Summary, collect_notes, describe_cost, describe_coverage, shorten_path
 from fusedet.api.run_dir import write_json
 from fusedet.atomic_io import write_atomically
+from fusedet.config.interval import format_duration
 from fusedet.visualization.page import make_faint, make_page, make_plain_table, make_section
 
 PAGE_COLORS = {"#ffffff": "none", "#262626": "currentColor", "#ebebeb": "var(--grid)", "#d4d4d4": "var(--rest)"}

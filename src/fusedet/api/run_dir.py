@@ -1,7 +1,6 @@
 """Output directories: created once, never overwritten; and the files that describe a run."""
 
 import json
-import os
 import platform
 import sys
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fusedet.api.timing import describe_device
 from fusedet.atomic_io import list_leftovers, write_atomically
 from fusedet.data.bad_images import BadImageLog, format_replacement_summary
 from fusedet.errors import InputError
@@ -127,16 +127,13 @@ def to_plain(value: Any) -> Any:
 def describe_environment(device: str, world: int) -> dict[str, Any]:
     """Return versions and hardware, for run.json."""
     packages = ("fusedet", "torch", "torchvision", "timm", "lightning-fabric", "faster-coco-eval", "numpy")
-    cuda = torch.cuda.is_available() and device.startswith("cuda")
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {name: version(name) for name in packages},
-        "device": torch.cuda.get_device_name()
-        if cuda
-        else f"{device}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "device": describe_device(torch.device(device)),
         "processes": world,
     }
 

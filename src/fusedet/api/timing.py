@@ -74,6 +74,13 @@ def read_peak_memory() -> float | None:
     return int(peak[1]) / 1024 if peak else None
 
 
+def describe_device(device: torch.device) -> str:
+    """Return the name of a GPU; of another device its type, and the cores and threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
 def describe_machine() -> dict[str, Any]:
     """Return processor, cores, threads and load of this machine, and versions."""
     info = Path("/proc/cpuinfo")

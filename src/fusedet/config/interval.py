@@ -28,6 +28,18 @@ def to_seconds(text: str) -> float | None:
     return float(sum(float(number) * SECONDS[unit] for number, unit in re.findall(_PART, text)))
 
 
+def format_duration(seconds: float) -> str:
+    """Format seconds for a reader.
+
+    >>> [format_duration(s) for s in (8, 95, 4000, 200000)]
+    ['8 s', '2 min', '1 h 7 min', '2 d 7 h']
+    """
+    hours, minutes = divmod(round(seconds / 60), 60)
+    if hours:
+        return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+    return f"{seconds:.0f} s" if seconds < 90 else f"{minutes} min"
+
+
 def parse_interval(text: object, key: str) -> Interval:
     """Parse an interval.
 

@@ -1,7 +1,6 @@
 """The progress of a training: a bar on a terminal, lines elsewhere, and the remaining time."""
 
 import contextlib
-import datetime
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -9,6 +8,8 @@ from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from fusedet.config.interval import format_duration
 
 LINE_SECONDS = 10.0
 """Without a terminal, at most one line of losses is printed in this time."""
@@ -54,14 +55,14 @@ class Pace:
         )
 
     def remaining(self, steps: int, validations: int) -> str:
-        """Format the time of so many more steps and validations as H:MM:SS.
+        """Format the time of so many more steps and validations.
 
         "over" says that no validation was measured yet.
 
         >>> Pace(steps=10, step_seconds=20, validations=1, validation_seconds=60).remaining(30, 2)
-        '0:03:00 left'
+        '3 min left'
         >>> Pace(steps=10, step_seconds=20).remaining(30, 2)
-        'over 0:01:00 left'
+        'over 60 s left'
         """
         if not self.steps:
             return ""
@@ -69,7 +70,7 @@ class Pace:
         if self.validations:
             seconds += validations * self.validation_seconds / self.validations
         unknown = validations > 0 and not self.validations
-        return f"{'over ' if unknown else ''}{datetime.timedelta(seconds=round(seconds))} left"
+        return f"{'over ' if unknown else ''}{format_duration(seconds)} left"
 
 
 class Display:
