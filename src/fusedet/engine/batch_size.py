@@ -1,8 +1,7 @@
 """The largest batch whose training step fits into memory, for train.batch=auto."""
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -73,8 +72,9 @@ def find_batch(
         with fabric.autocast(), normalizing_locally():
             terms = detector.loss(batch)
         torch.stack([value.float() for value in terms.values()]).sum().backward()
+        detector.zero_grad(set_to_none=True)
 
-    with _unchanged(detector):
+    with rng.preserved(), preserved_buffers(detector):
         if fabric.device.type == "cuda":
             return find_largest(lambda count: _fits_gpu(step, count, detector, states, fabric.device), limit)
         weights = sum(p.numel() * p.element_size() for p in detector.parameters())
@@ -128,18 +128,6 @@ def _make_batch(count: int, shape: tuple[int, int, int], masks: bool) -> Batch:
         scales=torch.ones(count, 2),
         targets=(target,) * count,
     )
-
-
-@contextmanager
-def _unchanged(detector: nn.Module) -> Iterator[None]:
-    """Restore the buffers of a detector and the random generators afterwards, and drop its gradients."""
-    states = rng.capture()
-    try:
-        with preserved_buffers(detector):
-            yield
-    finally:
-        detector.zero_grad(set_to_none=True)
-        rng.restore(states)
 
 
 def read_available_memory() -> int:

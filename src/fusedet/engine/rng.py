@@ -47,15 +47,13 @@ def seed_from(*numbers: int) -> None:
 
 @contextlib.contextmanager
 def preserved() -> Iterator[None]:
-    """Restore the states of the CPU's generators afterwards.
+    """Restore the states of all generators afterwards.
 
     A data loader draws a seed when it starts. A run that goes on in the middle of an epoch would draw once more than
     one that was never interrupted, and its dropout would differ.
     """
-    python, numpy = random.getstate(), np.random.get_state()
+    states = capture()
     try:
-        with torch.random.fork_rng(devices=[]):
-            yield
+        yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
+        restore(states)

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from fusedet.collectives import gather_objects
+from fusedet.engine import rng
 from fusedet.engine.buffers import preserved_buffers
 from fusedet.models.detectors import DetectorModule
 from fusedet.models.ops.losses import normalizing_locally, sum_losses
@@ -40,8 +41,7 @@ class ValidationLoss:
 
     @torch.no_grad()
     def _add(self, batch: Batch, number: int) -> None:
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), preserved_buffers(self.detector), normalizing_locally():
+        with rng.preserved(), preserved_buffers(self.detector), normalizing_locally():
             torch.manual_seed(number)
             terms = self.detector.loss(batch)
         total = sum_losses(terms, self.detector.loss_weights, torch.float64)
