@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusedet.errors import InputError, one_of, unknown
+from fusedet.models.ops.autocast import without_autocast
 from fusedet.models.ops.layers import GroupNorm, conv, init_zero
-from fusedet.models.ops.precision import without_autocast
 
 Fusion = Literal["add", "cat"]
 Size = tuple[int, int]

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from fusedet.errors import InputError, one_of
 from fusedet.models.necks.fpn import Top, TopLevels, pyramid_levels, top_down
 from fusedet.models.necks.gates import Gate, make_gate
+from fusedet.models.ops.autocast import without_autocast
 from fusedet.models.ops.exporting import average_pool_to, is_exporting
 from fusedet.models.ops.layers import GroupNorm, conv, init_xavier
-from fusedet.models.ops.precision import without_autocast
 from fusedet.models.ops.pyramid_resize import resize_bilinear
 from fusedet.types import Features, Levels
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fusedet.models.ops.autocast import without_autocast
 from fusedet.models.ops.cells import sample_cells
 from fusedet.models.ops.exporting import is_exporting
-from fusedet.models.ops.precision import without_autocast
 
 BORDERS = 4  # left, upper, right and lower
 MOST_POINTS = 255  # intervals: the index of the largest point is a byte

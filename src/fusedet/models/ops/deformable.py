@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import deform_conv2d
 
+from fusedet.models.ops.autocast import without_autocast
 from fusedet.models.ops.cells import sample_cells
 from fusedet.models.ops.exporting import is_exporting
-from fusedet.models.ops.precision import without_autocast
 
 
 class DeformConv(nn.Module):

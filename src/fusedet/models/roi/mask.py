@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from torchvision.ops import roi_align
 
 from fusedet.errors import InputError
+from fusedet.models.ops.autocast import without_autocast
 from fusedet.models.ops.layers import Norm, conv, conv_norm, init_kaiming
 from fusedet.models.ops.losses import mean_over_ranks
-from fusedet.models.ops.precision import without_autocast
 from fusedet.models.roi.pooling import LevelPooling, PoolingFactory, boxes_to_rois
 from fusedet.models.roi.sampling import RoISamples
 from fusedet.types import BatchDetections, Features, Levels, Losses, Target

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from torchvision.ops import roi_align
 
 from fusedet.errors import InputError
+from fusedet.models.ops.autocast import without_autocast
 from fusedet.models.ops.exporting import is_exporting
-from fusedet.models.ops.precision import without_autocast
 from fusedet.models.ops.roi_align_cpu import roi_align_cpu
 from fusedet.models.protocols import RoIPooling
 from fusedet.types import Features, Levels
