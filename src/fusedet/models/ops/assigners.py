@@ -15,6 +15,7 @@ from fusedet.models.protocols import Assigner
 from fusedet.types import MULTIPLE, Outputs, Priors, Target
 
 BACKGROUND, IGNORED = -1, -2
+INSIDE = 0.01  # pixels by which a center lies inside a box: from the code of ATSS and TOOD, not from their papers
 INSTANCES_AT_ONCE = 64  # bounds the matrix of instances and priors: 64 x 200,000 numbers are 51 MB
 
 

@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 
 from fusedet.errors import InputError
-from fusedet.models.ops.assigners import INSTANCES_AT_ONCE, resolve_claims
+from fusedet.models.ops.assigners import INSIDE, INSTANCES_AT_ONCE, resolve_claims
 from fusedet.models.ops.boxes import aligned_iou, box_centers, boxes_to_distances
 from fusedet.types import Priors, Target
-
-_INSIDE = 0.01  # pixels by which a prior's center lies inside the box (the authors' code; the paper says "inside")
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ class ATSSAssigner:
         number = real.sum(dim=1, keepdim=True)  # (G, 1)
         mean = (ious * real).sum(dim=1, keepdim=True) / number
         variance = ((ious - mean).square() * real).sum(dim=1, keepdim=True) / (number - 1).clamp(min=1)
-        inside = boxes_to_distances(box_centers(candidates), instances).amin(dim=2) > _INSIDE
+        inside = boxes_to_distances(box_centers(candidates), instances).amin(dim=2) > INSIDE
         # invalid priors may be taken here: no instance loses one by it, and they become ignored
         taken = (ious >= mean + variance.sqrt()) & inside
         return resolve_claims(torch.where(taken, -ious, math.inf), indices, len(priors), valid)

@@ -9,11 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedet.models.ops.assigners import INSTANCES_AT_ONCE, gather_instances
+from fusedet.models.ops.assigners import INSIDE, INSTANCES_AT_ONCE, gather_instances
 from fusedet.models.ops.boxes import box_centers, boxes_to_distances
 from fusedet.types import Target
-
-INSIDE = 0.01  # pixels
 
 
 class Pairs(NamedTuple):

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from fusedet.errors import InputError
-from fusedet.models.ops.assigners import INSTANCES_AT_ONCE, resolve_claims
+from fusedet.models.ops.assigners import INSIDE, INSTANCES_AT_ONCE, resolve_claims
 from fusedet.models.ops.boxes import aligned_iou, box_centers, boxes_to_distances
 from fusedet.types import Priors, Target
 
-_INSIDE = 0.01  # pixels by which a prior's center lies inside the box (the authors' code; the paper does not say)
 _LEAST_METRIC = 1e-7  # added to an instance's largest metric before the division
 
 
@@ -100,5 +99,5 @@ class TaskAlignedAssigner:
         ious = aligned_iou(boxes, instances[:, None])  # (G, P)
         metrics, indices = (scores.mT[labels] ** self.alpha * ious**self.beta).topk(k, dim=1)
         points = box_centers(priors.boxes)[indices]  # (G, k, 2)
-        inside = boxes_to_distances(points, instances[:, None]).amin(dim=2) > _INSIDE
+        inside = boxes_to_distances(points, instances[:, None]).amin(dim=2) > INSIDE
         return metrics * inside, ious.gather(1, indices), indices
