@@ -19,6 +19,7 @@ from fusedet.api.compare import conclusion
 from fusedet.api.worst_images import make_painter
 from fusedet.data.readers.auto import read_dataset
 from fusedet.data.synthetic import generate_dataset
+from fusedet.evaluation.formatting import format_difference, format_interval
 from fusedet.visualization import images
 from test_cli import figures, spoken
 
@@ -187,6 +188,13 @@ def test_conclusion() -> None:
     assert say(-0.03, -0.01).startswith("A is better than B on images such as these: AP 0.020 higher")
     assert say(0, 0).startswith("Nothing")
     assert say(np.nan, np.nan) == "Nothing can be concluded: the data hold no object that counts."
+
+
+def test_only_0_is_printed_as_0() -> None:
+    assert [format_difference(value) for value in (0.0, -0.0004, 0.5, math.nan)] == ["+0.000", "-0.0004", "+0.500", "-"]
+    assert format_interval((-0.0004, 1)) == "-0.0004 to 1.0000"
+    assert format_interval((0, 1), 2, signed=True) == "+0.00 to +1.00"
+    assert format_interval((math.nan, 1)) == format_interval((None, 1)) == format_interval(None) == ""
 
 
 def test_images_that_differ_most(data: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import pytest
 
 from fusedet.config import validate_value
-from fusedet.errors import InputError, plural, unknown
+from fusedet.errors import InputError, plural, shorten_list, unknown
 
 
 @pytest.mark.parametrize(
@@ -101,3 +101,7 @@ def test_unknown_names() -> None:
 @pytest.mark.parametrize(("thing", "two"), [("image", "2 images"), ("class", "2 classes"), ("box", "2 boxes")])
 def test_plural(thing: str, two: str) -> None:
     assert (plural(1, thing), plural(2, thing), plural(0, thing)) == (f"1 {thing}", two, two.replace("2", "0"))
+
+
+def test_a_shortened_list_counts_the_rest() -> None:
+    assert [shorten_list(range(count), 2) for count in (0, 2, 3)] == ["", "0, 1", "0, 1 and 1 more"]
