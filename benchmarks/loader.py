@@ -50,7 +50,7 @@ INCLUDES = {
 
 
 def write_images(folder: Path, count: int) -> Path:
-    """A COCO dataset of 640x480 scenes with about as many objects as COCO has."""
+    """Write a COCO dataset of 640x480 scenes with about as many objects as COCO has."""
     images, objects = [], []
     for i in range(count):
         rng = np.random.default_rng([7, i])

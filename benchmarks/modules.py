@@ -57,7 +57,7 @@ SIDES = {
 
 
 def make(name: str) -> DetectorModule:
-    """The detector of a side, with random weights."""
+    """Build the detector of a side, with random weights."""
     return create_model(SIDES[name].config, "model.backbone.pretrained=false", *SIDES[name].overrides).eval()
 
 

@@ -26,7 +26,7 @@ def map_of(stride: int) -> Tensor:
 
 
 def aligning(backward: bool) -> Sides:
-    """RoIAlign of 512 regions of the finest level, with adaptive sampling."""
+    """Prepare RoIAlign of 512 regions of the finest level, with adaptive sampling."""
     feature, corner = map_of(4).requires_grad_(backward), torch.rand(512, 2) * torch.tensor([1000.0, 600.0])
     rois = torch.cat([torch.zeros(512, 1), corner, corner + 20 + 92 * torch.rand(512, 2)], dim=1)
 
@@ -46,7 +46,7 @@ def _backward(pooled: Tensor, feature: Tensor) -> Callable[[], object]:
 
 
 def deforming() -> Sides:
-    """A modulated deformable 3x3 convolution of C4's size."""
+    """Prepare a modulated deformable 3x3 convolution of C4's size."""
     x, weight = map_of(16), torch.randn(256, 256, 3, 3) / 48
     offset, mask = torch.randn(1, 18, *x.shape[2:]), torch.rand(1, 9, *x.shape[2:])
     return {
@@ -56,7 +56,7 @@ def deforming() -> Sides:
 
 
 def pooling() -> Sides:
-    """Means of rows and columns of P3."""
+    """Prepare the means of rows and columns of P3."""
     x = map_of(8)
     return {
         "torch": lambda: (x.mean(dim=3, keepdim=True), x.mean(dim=2, keepdim=True)),
@@ -65,7 +65,7 @@ def pooling() -> Sides:
 
 
 def smsl() -> Sides:
-    """SMSL after a neck of five levels."""
+    """Prepare SMSL after a neck of five levels."""
     neck, maps = SMSL(Levels((256,) * 5, STRIDES)).eval(), [map_of(s) for s in STRIDES]
     return {"fusedet": lambda: neck(maps)}
 

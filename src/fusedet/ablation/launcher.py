@@ -111,7 +111,7 @@ def _has_its_weights(run: Run) -> bool:
 
 
 def _lost_its_weights(run: Run) -> bool:
-    """Whether the training whose weights a run would score has failed."""
+    """Return whether the training whose weights a run would score has failed."""
     return run.weights_from is not None and (run.weights_from / FAILED).is_file()
 
 

@@ -51,7 +51,7 @@ class Noise:
         return max(0.0, self.between_seeds**2 - self.of_pairs**2 / 2)
 
     def passing(self, images: int) -> float:
-        """Variance of a run that a number of images leaves and the other rows do not share.
+        """Compute the variance of a run that a number of images leaves and the other rows do not share.
 
         Of a single run it is bounded by the variance over images, because what rows share is unknown.
         """

@@ -210,5 +210,5 @@ def compute_maps(predictor: Predictor, image: Tensor, class_name: str, best_only
 
 
 def _stem(target: Path, path: Path) -> Path:
-    """A file name prefix that no other image has; two images may have the same name."""
+    """Return a file name prefix that no other image has; two images may have the same name."""
     return target / run_dir.choose_unused_name(path.stem, lambda name: any(target.glob(f"{name}-[a-z]*.png")))

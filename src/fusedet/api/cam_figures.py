@@ -113,13 +113,13 @@ def _sheet(job: Job, runs: Mapping[str, list[MapRow]], path: Path, title: str, u
 
 
 def _numbers(row: MapRow, boxes: Tensor) -> dict[str, Any]:
-    """A row's peak per level, and the share of its heat inside the boxes, of all levels together."""
+    """Compute a row's peak per level, and the share of its heat inside the boxes, of all levels together."""
     inside = heat_share_inside(sum_levels(row), boxes)[0] if len(boxes) else None
     return {"caption": row.caption, "peak": _per_level(row, Tensor.max), "inside": inside}
 
 
 def _per_level(row: MapRow, statistic: Callable[[Tensor], Tensor]) -> dict[int, float]:
-    """A statistic of every level's map, by its stride."""
+    """Compute a statistic of every level's map, by its stride."""
     return {stride: float(statistic(x)) for stride, x in row.maps.items()}
 
 
@@ -129,17 +129,17 @@ def sum_levels(row: MapRow) -> Tensor:
 
 
 def map_size(image: Tensor) -> tuple[int, int]:
-    """Height and width of an image's maps."""
+    """Return height and width of an image's maps."""
     height, width = image.shape[1:]
     return max(1, round(height * LONG / max(height, width))), max(1, round(width * LONG / max(height, width)))
 
 
 def order_rows(keys: Iterable[str]) -> list[str]:
-    """The distinct keys of rows, from the backbone to the head."""
+    """List the distinct keys of rows, from the backbone to the head."""
     return sorted(set(keys), key=lambda key: (ROWS.index(key.partition(" #")[0]), key))
 
 
 def join_captions(own: Sequence[str | None]) -> str:
-    """One caption for a row from those of the runs; None for a run without the row."""
+    """Join the captions of a row from those of the runs; None for a run without the row."""
     known = {text: letter for letter, text in zip("AB", own) if text}
     return next(iter(known)) if len(known) == 1 else ", ".join(f"{text} ({letter})" for text, letter in known.items())

@@ -86,7 +86,7 @@ def _item(finding: Finding) -> str:
 
 
 def _describe_split(dataset: DetectionDataset) -> list[str]:
-    """Counts, histograms, the smallest and largest objects, and the objects with a fault."""
+    """Show counts, histograms, the smallest and largest objects, and the objects with a fault."""
     boxes, labels = dataset.boxes.numpy(), dataset.labels.numpy()
     owner = dataset.image_indices
     sides = (boxes[:, 2:] - boxes[:, :2]).clip(0)
@@ -125,7 +125,7 @@ def _describe_split(dataset: DetectionDataset) -> list[str]:
 
 
 def _bars(title: str, rows: Sequence[tuple[str, int]]) -> str:
-    """A histogram as a table with bars."""
+    """Format a histogram as a table with bars."""
     most = max((count for _, count in rows), default=0) or 1
     lines = (
         f"<tr><td>{escape(name)}</td><td class=number>{count:,}</td>"
@@ -141,7 +141,7 @@ def _row(title: str, cells: Iterable[str]) -> list[str]:
 
 
 def _object_figure(dataset: DetectionDataset, i: int, j: int, caption: str) -> str:
-    """The surroundings of annotation j of the dataset, in image i, with its box in red."""
+    """Draw the surroundings of annotation j of the dataset, in image i, with its box in red."""
     box = dataset.boxes[j].tolist()
     name = f"{caption}, in {dataset.path(i).name}"
     try:
@@ -167,7 +167,7 @@ def _object_figure(dataset: DetectionDataset, i: int, j: int, caption: str) -> s
 
 
 def _example_images(findings: Iterable[Finding], dataset: DetectionDataset | None) -> Iterable[str]:
-    """The images that findings name, with all boxes."""
+    """Yield figures of the images that findings name, with all boxes."""
     if dataset is None:
         return []
     known = {str(dataset.path(i)): i for i in range(len(dataset))}
@@ -180,7 +180,7 @@ def _example_images(findings: Iterable[Finding], dataset: DetectionDataset | Non
 
 
 def _image_figure(dataset: DetectionDataset, i: int, caption: str) -> str:
-    """An image with all its boxes; "" where it cannot be read."""
+    """Draw an image with all its boxes; "" where it cannot be read."""
     record = dataset[i]
     try:
         pixels = read_dataset_image(dataset, record)

@@ -95,7 +95,7 @@ def _has_contrast(own: ImagePrint) -> bool:
 
 
 def _find_similar(gray: np.ndarray, other_gray: np.ndarray) -> list[tuple[int, int]]:
-    """Pairs of nearly equal reduced images (N, 16, 16) and (M, 16, 16), at most one per image of the first."""
+    """Find pairs of nearly equal reduced images (N, 16, 16) and (M, 16, 16), at most one per image of the first."""
     centered, other_centered = (
         torch.from_numpy(x.astype(np.float32)).flatten(1) - x.astype(np.float32).mean(axis=(1, 2))[:, None]
         for x in (gray, other_gray)

@@ -44,7 +44,7 @@ def _cross(x: Array, y: Array) -> Array:
 
 
 def _star(x: Array, y: Array) -> Array:
-    """Five tips: each fifth of the circle, folded at its axis, is the half plane of an edge."""
+    """Draw a star of five tips: a fifth of the circle, folded at its axis, is the half plane of an edge."""
     fifth = 2 * np.pi / 5
     angle = np.abs((np.arctan2(x, -y) + fifth / 2) % fifth - fifth / 2)  # 0 at a tip, fifth / 2 at a notch
     radius = np.hypot(x, y)

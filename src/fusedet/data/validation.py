@@ -216,13 +216,13 @@ def _count(dataset: DetectionDataset) -> dict[str, Any]:
 
 
 def _side_lengths(dataset: DetectionDataset) -> np.ndarray:
-    """(M, 2) widths and heights of the boxes."""
+    """Compute the widths and heights (M, 2) of the boxes."""
     boxes = dataset.boxes.numpy()
     return boxes[:, 2:] - boxes[:, :2]
 
 
 def _find_smallest(dataset: DetectionDataset, size: tuple[int, int]) -> dict[str, Any] | None:
-    """The annotation whose shorter side is shortest after the resize; None where no box has an area."""
+    """Find the annotation whose shorter side is shortest after the resize; None where no box has an area."""
     sides = _side_lengths(dataset)
     has_area = sides.clip(0).prod(axis=1) > 0
     if not has_area.any():
@@ -265,7 +265,7 @@ def _inspect_image(dataset: DetectionDataset, i: int, *, with_print: bool = True
 
 
 def _check_size(dataset: DetectionDataset, i: int, get_size: Callable[[Path], tuple[int, ...]]) -> _Fault | None:
-    """The fault of image i, or None; get_size gives a file's (height, width)."""
+    """Return the fault of image i, or None; get_size gives a file's (height, width)."""
     path, (height, width) = dataset.path(i), dataset.sizes[i].tolist()
     try:
         actual = get_size(path)
@@ -285,7 +285,7 @@ def _check_size(dataset: DetectionDataset, i: int, get_size: Callable[[Path], tu
 
 
 def _check_boxes_of_turned_image(dataset: DetectionDataset, i: int) -> _Fault | None:
-    """The fault of an image without annotated size whose boxes fit the pixels as stored, but not as turned by EXIF."""
+    """Return the fault of an image without annotated size whose boxes fit its pixels only before EXIF turns them."""
     begin, end = dataset.offsets[i : i + 2].tolist()
     boxes, (height, width) = dataset.boxes[begin:end], dataset.sizes[i].tolist()
     far = boxes.new_tensor([width, height]) * (1 + _FAR)
@@ -307,7 +307,7 @@ def _read_stored_size(path: Path) -> tuple[int, int]:
 
 
 def _describe_faults(dataset: DetectionDataset, inspections: list[_Inspection]) -> list[Finding]:
-    """An error per image with a fault."""
+    """Describe each image with a fault as an error."""
     return [
         Finding("error", fault.message, fault.kind, 1, str(dataset.path(i)), fault.advice)
         for i, (fault, *_) in enumerate(inspections)

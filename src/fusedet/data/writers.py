@@ -154,7 +154,7 @@ def write_yolo(
 
 
 def _free_name(path: Path, taken: set[str]) -> str:
-    """The file's own name, else with its folder's, else with a number; without line breaks and not hidden."""
+    """Return the file's own name, else with its folder's, else with a number; without line breaks and not hidden."""
     stem, extension = os.path.splitext(_BREAKS.sub("_", path.name))
     stem = stem.strip().lstrip(".") or "_"
     numbered = (f"{stem}_{n}" for n in count(2))

@@ -73,7 +73,7 @@ class ConvertedWeights:
 
 
 def is_torchvision(state: Mapping[str, Tensor]) -> bool:
-    """Whether the weights have the names of torchvision's detectors."""
+    """Return whether the weights have the names of torchvision's detectors."""
     return any(key.startswith("backbone.body.") for key in state) and any(
         key.startswith(("rpn.head.", "head.classification_head.")) for key in state
     )

@@ -234,7 +234,7 @@ class _Scores:
 
 
 def _layer_cams(rows: list[MapRow], scores: list[Tensor]) -> list[MapRow]:
-    """LayerCAM of features (1, C, h, w) per area, the mean over the scores, without levels that influence no score."""
+    """Compute LayerCAM of features (1, C, h, w) per area, averaged over the scores; omit levels without influence."""
     features = [(row.key, stride, x) for row in rows for stride, x in row.maps.items()]
     maps: dict[str, dict[int, Tensor]] = {row.key: {} for row in rows}
     for score in scores:
@@ -247,7 +247,7 @@ def _layer_cams(rows: list[MapRow], scores: list[Tensor]) -> list[MapRow]:
 
 
 def _feature_rows(detector: DetectorModule, calls: Calls, kind: str, batch: Batch) -> list[MapRow]:
-    """The features to show, from the backbone to the head."""
+    """Collect the features to show, from the backbone to the head."""
     necks: Sequence[Neck] = detector.neck.necks if isinstance(detector.neck, NeckChain) else [detector.neck]
     rows: list[MapRow] = []
     blocks: dict[int, Call] = {}
@@ -283,7 +283,7 @@ def _feature_rows(detector: DetectorModule, calls: Calls, kind: str, batch: Batc
 
 
 def _msil_gates(detector: DetectorModule, calls: Calls) -> list[MapRow]:
-    """MSIL's pixel attention of each branch that it gates."""
+    """Collect MSIL's pixel attention of each branch that it gates."""
     rows = []
     for msil in (m for m in calls if isinstance(m, MSIL)):
         gates = [msil.gates(*call.inputs) for call in calls[msil]]
@@ -295,7 +295,7 @@ def _msil_gates(detector: DetectorModule, calls: Calls) -> list[MapRow]:
 
 
 def _lateral_gates(calls: Calls) -> list[MapRow]:
-    """MSE-FPN's gates (GCG or another), on lateral or top-down maps; a weight per channel counts for the whole map."""
+    """Collect MSE-FPN's gates on lateral or top-down maps; a weight per channel counts for the whole map."""
     rows = []
     for neck in (m for m in calls if isinstance(m, MSEFPN)):
         maps = {}
@@ -310,5 +310,5 @@ def _lateral_gates(calls: Calls) -> list[MapRow]:
 
 
 def _type_name(part: object, table: Mapping[str, Any]) -> str:
-    """A part's name in the config."""
+    """Return a part's name in the config."""
     return next((name for name, kind in table.items() if type(part) is kind), type(part).__name__)

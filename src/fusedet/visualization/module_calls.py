@@ -65,5 +65,5 @@ def _flatten(value: Any) -> Features:
 
 
 def _in_graph(x: Tensor) -> Tensor:
-    """The tensor, or a leaf that requires a gradient if no parameter before it does."""
+    """Return the tensor, or a leaf that requires a gradient if no parameter before it does."""
     return x if x.requires_grad or not x.is_floating_point() else x.detach().requires_grad_()

@@ -154,7 +154,7 @@ def _group_images(folder: DataFolder) -> dict[str, list[str]]:
 
 
 def _has_class_list(folder: DataFolder) -> bool:
-    """Whether a folder has a class list and label files of its images."""
+    """Return whether a folder has a class list and label files of its images."""
     return darknet.find_class_list(folder) is not None and any(map(has_yolo_labels, folder.list_annotations(".txt")))
 
 
@@ -288,7 +288,7 @@ def _detect_file(folder: DataFolder) -> Layout:
 
 
 def _resolve_split_file(split: str, folder: Path) -> str:
-    """The file of a split, relative to the working directory or the data folder."""
+    """Return the file of a split, relative to the working directory or the data folder."""
     for file in (split, os.path.join(folder, split)):
         if os.path.isfile(file):
             return os.path.abspath(file) if split.endswith(".txt") else file
@@ -301,7 +301,7 @@ def _find_yamls(folder: Path) -> list[Path]:
 
 
 def _find_yaml(path: Path) -> Path:
-    """The data.yaml of a folder, or the file itself."""
+    """Find the data.yaml of a folder, or return the file itself."""
     if path.is_file():
         return path
     files = _find_yamls(path)

@@ -175,7 +175,7 @@ def _rows(data: dict[str, Any], key: str, file: Path) -> list[dict[str, Any]]:
 
 
 def _categories(data: dict[str, Any], file: Path) -> tuple[list[str], list[int], list[str]]:
-    """The names and ids of the categories in the order of the ids, and the ids that are texts."""
+    """Read the names and ids of the categories in the order of the ids, and the ids that are texts."""
     rows = _rows(data, "categories", file)
     if not rows:
         raise InputError(f"{file} has no classes: its 'categories' is empty")
@@ -186,9 +186,9 @@ def _categories(data: dict[str, Any], file: Path) -> tuple[list[str], list[int],
 
 
 def _ids(rows: list[dict[str, Any]], noun: str, file: Path) -> tuple[np.ndarray, list[str]]:
-    """The ids as integers, and as texts where some are no digits: these are numbered from 1 in their sorted order.
+    """Return the ids as integers, and as texts where some are no digits.
 
-    pycocotools sorts ids in the same way.
+    Text ids are numbered from 1 in their sorted order; pycocotools sorts ids in the same way.
     """
     values = _column(rows, "id", noun, file)
     if not any(type(value) is str and not _is_digits(value) for value in values):
@@ -210,7 +210,7 @@ def _ids(rows: list[dict[str, Any]], noun: str, file: Path) -> tuple[np.ndarray,
 def _find_ids(
     rows: list[dict[str, Any]], key: str, ids: np.ndarray, texts: list[str], file: Path
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The position of each annotation's id among those of the images or categories, and whether it is there."""
+    """Find each annotation's id among those of the images or categories: its position, and whether it is there."""
     if not texts:
         return _find_positions(ids, _integers(rows, key, "annotation", file))
     position = {text: i for i, text in enumerate(texts)}
@@ -221,7 +221,7 @@ def _find_ids(
 
 
 def _describe_entry(row: dict[str, Any], rows: list[dict[str, Any]], noun: str) -> str:
-    """The id of an entry for a message, or its position where it has none."""
+    """Return the id of an entry for a message, or its position where it has none."""
     if type(row.get("id")) in (int, str):
         return f"{noun} {row['id']!s:.60}"
     return f"{noun} number {next(i for i, candidate in enumerate(rows) if candidate is row)}"
@@ -284,7 +284,7 @@ def _parse_number(value: Any, key: str, row: dict[str, Any], rows: list[dict[str
 
 
 def _boxes(rows: list[dict[str, Any]], file: Path) -> np.ndarray:
-    """(M, 4) corners of the `bbox`es, which are x, y, width, height."""
+    """Return the corners (M, 4) of the `bbox`es, which are x, y, width, height."""
     values = _column(rows, "bbox", "annotation", file)
     if not (set(map(type, values)) <= {list} and set(map(len, values)) <= {4}):
         row = next(row for row in rows if type(row["bbox"]) is not list or len(row["bbox"]) != 4)
@@ -318,7 +318,7 @@ def _areas(rows: list[dict[str, Any]], file: Path) -> tuple[np.ndarray, int]:
 
 
 def _find_positions(known: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The position of each wanted id among the known ones, and whether it is known."""
+    """Find the position of each wanted id among the known ones, and whether it is known."""
     order = np.argsort(known, kind="stable")
     positions = order[np.minimum(np.searchsorted(known, wanted, sorter=order), len(known) - 1)]
     return positions, known[positions] == wanted
@@ -336,13 +336,13 @@ def _labels(rows: list[dict[str, Any]], category_ids: list[int], texts: list[str
 
 
 def _count_duplicate_ids(rows: list[dict[str, Any]]) -> int:
-    """Number of annotations with the id of an earlier one; annotations without an id do not count."""
+    """Count the annotations with the id of an earlier one; annotations without an id do not count."""
     ids = [row["id"] for row in rows if type(row.get("id")) in (int, str)]
     return len(ids) - len(set(ids))
 
 
 def _count_quoted_boxes(rows: list[dict[str, Any]]) -> int:
-    """Number of annotations with a quoted coordinate."""
+    """Count the annotations with a quoted coordinate."""
     boxes = [row["bbox"] for row in rows if type(row.get("bbox")) is list]
     if str not in set(map(type, chain.from_iterable(boxes))):
         return 0

@@ -89,7 +89,7 @@ def find_images(
 
 
 def _find_by_last_part(names: list[str], folder: Path, file: Path) -> list[str]:
-    """The files of the images by their whole names, else by the last parts of them; only files inside the folder."""
+    """Find the files of the images by their whole names, else by the last parts of them; only inside the folder."""
     data = DataFolder(folder)
     paths: list[str] = []
     short: set[str] = set()  # those that are found by the last part of a name
@@ -108,7 +108,7 @@ def _find_by_last_part(names: list[str], folder: Path, file: Path) -> list[str]:
 
 
 def _find_usual_files(folder: DataFolder) -> dict[str, Path]:
-    """The json files of a folder by the name of the split, with its year, or the file itself."""
+    """Find the json files of a folder by the name of the split, with its year, or the file itself."""
     path = folder.path
     if path.is_file():
         is_coco = path.suffix.lower() == ".json" and folder.identify_json(path) in (None, "coco")
@@ -138,7 +138,7 @@ def _add_split(files: dict[str, Path], split: str, file: Path, folder: DataFolde
 
 
 def _find_files(folder: DataFolder) -> dict[str, Path]:
-    """The splits of a COCO json ("train") or folder; a year is removed where the names stay unique."""
+    """Find the splits of a COCO json ("train") or folder; a year is removed where the names stay unique."""
     files = _find_usual_files(folder)
     if not files:
         for file in map(Path, folder.list_json("coco")):
@@ -184,7 +184,7 @@ def _data_folder(file: Path) -> Path:
 
 
 def _list_image_folders(file: Path, root: Path, split: str) -> tuple[list[Path], int]:
-    """Folders where the images of a COCO json may be, and how many of them, the first, have a fitting name or place.
+    """List the folders that may hold a COCO json's images, and the number of the first that fit by name or place.
 
     Where a folder has the name of the json's split, those of other splits are left out: numbers as file names often
     begin again in each split.
@@ -212,7 +212,7 @@ def _list_image_folders(file: Path, root: Path, split: str) -> tuple[list[Path],
 
 
 def _split_of_folder(name: str) -> str:
-    """The split that a folder's name begins with: train2017, val_images; "" for any other, such as trainval."""
+    """Return the split that a folder's name begins with: train2017, val_images; "" for any other, such as trainval."""
     match = re.match(r"(train(ing)?|val(id(ation)?)?|test(ing)?)(?![a-z])", name.lower())
     return normalize_split_name(match[1]) if match else ""
 

@@ -100,7 +100,7 @@ def _add_shape(shapes: ImageShapes, node: ElementTree.Element, path: str, where:
 
 
 def _rotated(w: float, h: float, degrees: float) -> tuple[float, float]:
-    """Half the width and height that a rotated box takes up."""
+    """Compute half the width and height that a rotated box of half sizes w, h takes up."""
     cos, sin = abs(math.cos(math.radians(degrees))), abs(math.sin(math.radians(degrees)))
     return w * cos + h * sin, w * sin + h * cos
 

@@ -71,7 +71,7 @@ def read_class_list(file: Path) -> list[str]:
 
 
 def _find_file(source: Path, name: str) -> Path:
-    """A file that obj.data names: relative to it, with or without the first folder of the name."""
+    """Find a file that obj.data names: relative to it, with or without the first folder of the name."""
     name = name.replace("\\", "/")
     for part in (name, name.partition("/")[2], os.path.basename(name)):
         if (

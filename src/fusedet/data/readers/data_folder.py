@@ -154,7 +154,7 @@ def file_mentions(file: str | Path, pattern: str) -> bool:
 
 
 def _identify_json(file: str) -> str | None:
-    """The format of a json file by the keys at its beginning, else by those of the whole file."""
+    """Identify the format of a json file by the keys at its beginning, else by those of the whole file."""
     kind = _match_json_keys(_read_head(file))
     if kind is not None or not os.path.isfile(file) or os.path.getsize(file) <= _HEAD:
         return kind
@@ -185,7 +185,7 @@ _JSON_KEYS = (
 
 
 def _read_head(file: str | Path) -> bytes:
-    """The first bytes of a file, as UTF-8 without a byte order mark."""
+    """Read the first bytes of a file, as UTF-8 without a byte order mark."""
     if not os.path.isfile(file):  # a pipe, whose reading might never end
         return b""
     try:

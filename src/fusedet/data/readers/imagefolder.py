@@ -114,7 +114,7 @@ def _class_name(category: Any, names: list[str], where: str) -> str:
 
 
 def _read_class_label(file: Path) -> list[str]:
-    """The names of the class_label of the objects in the head of a README.md; none where there is no such list.
+    """Read the names of the objects' class_label in the head of a README.md; none without such a list.
 
     Other features, such as the class of the whole image, may have a class_label too.
     """
@@ -147,7 +147,7 @@ def _read_class_label(file: Path) -> list[str]:
 
 
 def _order_names(names: Any, file: Path) -> list[str]:
-    """The names of a class_label: a list, or a mapping from numbers."""
+    """Return the names of a class_label: a list, or a mapping from numbers."""
     if not isinstance(names, dict):
         return list(map(str, names or []))
     numbers = [str(number) for number in range(len(names))]

@@ -48,7 +48,7 @@ def _parse_file(folder: DataFolder, file: str, problems: Problems) -> ImageRecor
 
 
 def _to_polygon(shape: Entry) -> list[list[float]] | None:
-    """The points of a shape that has an area; None for a point or a line."""
+    """Return the points of a shape that has an area; None for a point or a line."""
     kind, points = shape.values.get("shape_type"), shape.points("points")
     if kind in _POLYGONS:
         return points if len(points) > 2 else None

@@ -76,7 +76,7 @@ def _walk_folders(folders: Iterable[str]) -> Iterator[str]:
 
 
 def _list_names(directory: str) -> list[str]:
-    """The names of the files in a directory, sorted; none where it does not exist."""
+    """List the names of the files in a directory, sorted; none where it does not exist."""
     if not os.path.isdir(directory or "."):
         return []
     entries = os.scandir(directory or ".")
@@ -84,7 +84,7 @@ def _list_names(directory: str) -> list[str]:
 
 
 def _is_label_file(path: str, may_be_empty: bool) -> bool:
-    """Whether a text file holds YOLO labels: other texts, like lists of classes, may lie beside them."""
+    """Return whether a text file holds YOLO labels: other texts, like lists of classes, may lie beside them."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             words = next((line for line in file if line.strip()), "").split()

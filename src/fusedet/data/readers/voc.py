@@ -225,7 +225,7 @@ def _to_record(annotation: VocAnnotation, path: str) -> ImageRecord:
 
 
 def _parse_record(folder: DataFolder, file: str, problems: Problems) -> ImageRecord | None:
-    """The record of an xml file: its image has the file's name, else the name that the file holds."""
+    """Read the record of an xml file: its image has the file's name, else the name that the file holds."""
     annotation, own = parse_voc_xml(file), image_name_of(file)
     written = [annotation.file_name] if annotation.file_name else []
     is_own = written and image_name_of(annotation.file_name) == own  # then it tells a.jpg from a.png
@@ -234,7 +234,7 @@ def _parse_record(folder: DataFolder, file: str, problems: Problems) -> ImageRec
 
 
 def _list_splits_of_lists(root: Path) -> dict[str, list[Path]]:
-    """The splits of ImageSets/Main and their list files.
+    """Find the splits of ImageSets/Main and their list files.
 
     VOC's own folders also hold a list per class, like dog_train.txt, beside train.txt. Other tools write these lists
     only: those of all classes together are the split.
@@ -251,7 +251,7 @@ def _list_splits_of_lists(root: Path) -> dict[str, list[Path]]:
 
 
 def _read_names(root: Path, split: str | Path | Sequence[str], lists: dict[str, list[Path]]) -> tuple[list[str], str]:
-    """The names of a split's images without extension, and the source of the list."""
+    """Read the names of a split's images without extension, and the source of the list."""
     if not isinstance(split, str | Path):
         return list(split), str(root)
     named = root / "ImageSets" / "Main" / f"{split}.txt"
@@ -272,7 +272,7 @@ def _read_names(root: Path, split: str | Path | Sequence[str], lists: dict[str, 
 
 
 def _parse_list_line(line: str, annotations: Path) -> str:
-    """The image name in a line of a list; a flag (1, 0 or -1) or an extension may follow it."""
+    """Return the image name in a line of a list; a flag (1, 0 or -1) or an extension may follow it."""
     if os.path.exists(os.path.join(annotations, line + ".xml")):
         return line
     name = re.sub(r"\s+(-1|0|1)$", "", line)
@@ -280,7 +280,7 @@ def _parse_list_line(line: str, annotations: Path) -> str:
 
 
 def _list_images_by_stem(folder: str, problems: Problems) -> dict[str, str]:
-    """The images of a folder, by their names without extension; a format that is read goes before one that is not."""
+    """Map a folder's images by their names without extension; a format that is read goes before one that is not."""
     if not os.path.isdir(folder):
         return {}
     images: dict[str, str] = {}

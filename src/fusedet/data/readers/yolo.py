@@ -171,7 +171,7 @@ def get_label_path(image: str) -> str:
 
 
 def _list_entries(data: dict[str, Any]) -> dict[str, list[str]]:
-    """The paths of each split; a split is any key with a path or a list of paths."""
+    """List the paths of each split; a split is any key with a path or a list of paths."""
     entries: dict[str, list[str]] = {}
     for key, value in data.items():
         paths = [value] if isinstance(value, str) else value
@@ -184,7 +184,7 @@ def _list_entries(data: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def _read_class_names(data: dict[str, Any], file: Path) -> dict[int, str]:
-    """The class names by class number, in the order of the numbers."""
+    """Read the class names by class number, in the order of the numbers."""
     value = data["names"]
     pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     names: dict[int, str] = {}
@@ -205,7 +205,7 @@ def _read_class_names(data: dict[str, Any], file: Path) -> dict[int, str]:
 
 
 def _find_root(data: dict[str, Any], file: Path) -> Path:
-    """The data folder: `path`, relative to the yaml or (as for YOLO's tools) the working directory; else the yaml's."""
+    """Find the data folder: `path`, relative to the yaml or (as for YOLO) the working directory; else the yaml's."""
     value = data.get("path", "")
     if not isinstance(value, str):
         raise InputError(f"{file}: 'path' must be the data folder, not {reprlib.repr(value)}")
@@ -221,7 +221,7 @@ def _find_root(data: dict[str, Any], file: Path) -> Path:
 
 
 def _list_split_images(entry: str | list[str], root: Path, file: Path) -> list[str]:
-    """The images of a split, which is given by folders and text lists, absolute or relative to the data folder."""
+    """List the images of a split's folders and text lists, which are absolute or relative to the data folder."""
     images: list[str] = []
     for item in [entry] if isinstance(entry, str) else entry:
         path = _resolve_entry(item, root, file)
@@ -241,13 +241,13 @@ def _list_split_images(entry: str | list[str], root: Path, file: Path) -> list[s
 
 
 def _list_folders(entry: str | list[str], root: Path, file: Path) -> list[str]:
-    """The folders of images that a split is given by."""
+    """List the folders of images that a split is given by."""
     paths = [_resolve_entry(item, root, file) for item in ([entry] if isinstance(entry, str) else entry)]
     return [str(path) for path in paths if path.is_dir()]
 
 
 def _resolve_entry(item: str, root: Path, file: Path) -> Path:
-    """The path of an entry; "../train/images", as some tools export it, is relative to the yaml's folder."""
+    """Resolve the path of an entry; "../train/images", as some tools export it, is relative to the yaml's folder."""
     item = item.replace("\\", "/")  # written on Windows
     if os.path.isabs(item):
         return Path(item)
@@ -258,7 +258,7 @@ def _resolve_entry(item: str, root: Path, file: Path) -> Path:
 
 
 def _read_list(list_file: Path, root: Path) -> list[str]:
-    """The images of a text list: relative to the list or the data folder, or absolute and inside one of them."""
+    """Read the images of a text list: relative to the list or the data folder, or absolute and inside one of them."""
     names = [line.strip().replace("\\", "/") for line in read_text(list_file).splitlines() if line.strip()]
     require_valid_unicode(names, list_file)
     relative = [name for name in names if not os.path.isabs(name)]
@@ -303,7 +303,7 @@ def _parse_lines(file: Path, key_points: int | None) -> Iterator[tuple[int, list
 
 
 def _to_pixels(values: list[float], height: int, width: int) -> tuple[tuple[float, ...], list[float] | None]:
-    """The box in pixels, and the polygon in pixels where the line is one."""
+    """Convert a line's values to a box in pixels, and to a polygon in pixels where the line is one."""
     if len(values) == 4:
         cx, cy, w, h = values
         return ((cx - w / 2) * width, (cy - h / 2) * height, (cx + w / 2) * width, (cy + h / 2) * height), None

@@ -182,7 +182,7 @@ def _is_close(a: Any, b: Any) -> bool:
 
 
 def uses_1x_keys(config: Mapping[str, Any]) -> bool:
-    """Whether a config has the keys of MMDetection 1.x: anchors in the head, or RoI heads beside it."""
+    """Return whether a config has the keys of MMDetection 1.x: anchors in the head, or RoI heads beside it."""
     model = config.get("model")
     if not isinstance(model, Mapping):
         return False
@@ -191,7 +191,7 @@ def uses_1x_keys(config: Mapping[str, Any]) -> bool:
 
 
 def is_1x_checkpoint(config: Mapping[str, Any], keys: Mapping[str, Any], version: str = "") -> bool:
-    """Whether a checkpoint is of MMDetection 1.x: by its version, else by names that only 1.x has."""
+    """Return whether a checkpoint is of MMDetection 1.x: by its version, else by names that only 1.x has."""
     if version:
         return version.startswith(("0.", "1."))
     old = {"bbox_head.fc_cls.weight", "bbox_head.0.fc_cls.weight", "bbox_head.fcos_cls.weight"}

@@ -206,7 +206,7 @@ class RepPointsHead(nn.Module):
         return F.smooth_l1_loss(predicted / scale, wanted / scale, reduction="sum", beta=self.beta)
 
     def _decode_boxes(self, priors: Priors, points: Tensor) -> Tensor:
-        """Boxes (N, P, 4) in pixels of points (N, P, 2 * num_points) in strides."""
+        """Decode points (N, P, 2 * num_points) in strides to boxes (N, P, 4) in pixels."""
         return box_centers(priors.boxes).repeat(1, 2) + self.pseudo_boxes(points) * priors.strides[:, None]
 
     def decode(self, outputs: Outputs) -> Candidates:

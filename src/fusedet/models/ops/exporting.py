@@ -53,12 +53,12 @@ def average_pool_and_resize(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _average_matrix(length: int, cells: int, like: Tensor) -> Tensor:
-    """Weights (cells, length) of every cell's window."""
+    """Compute the weights (cells, length) of every cell's window."""
     return _average_rows(torch.arange(cells, device=like.device)[:, None], length, cells, like)
 
 
 def _pool_and_resize_matrix(length: int, cells: int, like: Tensor) -> Tensor:
-    """Weights (length, length): each row is the interpolation between the windows of two neighboring cells."""
+    """Compute weights (length, length): each row is the interpolation between the windows of two neighboring cells."""
     steps: int = torch.sym_max(length - 1, 1)  # type: ignore[assignment]
     place = torch.arange(length, device=like.device)[:, None] * (cells - 1)  # in cells, times `steps`
     cell = place // steps
@@ -69,7 +69,7 @@ def _pool_and_resize_matrix(length: int, cells: int, like: Tensor) -> Tensor:
 
 
 def _average_rows(cell: Tensor, length: int, cells: int, like: Tensor) -> Tensor:
-    """Weights (R, length) of the windows of the cells (R, 1)."""
+    """Compute the weights (R, length) of the windows of the cells (R, 1)."""
     start, end = _windows(cell, length, cells)
     position = torch.arange(length, device=like.device)
     return ((position >= start) & (position < end)).to(like.dtype) / (end - start)
@@ -89,7 +89,7 @@ def _max_along(x: Tensor, dim: int, cells: int) -> Tensor:
 
 
 def _windows(cell: Tensor, length: int, cells: int) -> tuple[Tensor, Tensor]:
-    """First and last position, exclusive, of the windows of cells (R, 1): those of adaptive pooling."""
+    """Compute the first and last position, exclusive, of adaptive pooling's windows of cells (R, 1)."""
     return cell * length // cells, ((cell + 1) * length + cells - 1) // cells
 
 

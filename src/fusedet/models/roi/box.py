@@ -213,5 +213,5 @@ class BoxStage(nn.Module):
 
 
 def _select_class(deltas: Tensor, classes: Tensor) -> Tensor:
-    """Of class-specific deltas (M, K * 4) those of classes (M,): (M, 4)."""
+    """Select from class-specific deltas (M, K * 4) those of classes (M,): (M, 4)."""
     return deltas.unflatten(1, (-1, 4))[torch.arange(deltas.shape[0], device=deltas.device), classes]

@@ -233,6 +233,6 @@ class Transition(nn.Module):
 
 
 def _neighbors(x: int, y: int, side: int) -> list[int]:
-    """Indices of the points left of, above, below and right of (x, y) that exist."""
+    """Return the indices of the points left of, above, below and right of (x, y) that exist."""
     candidates = [(x - 1, y), (x, y - 1), (x, y + 1), (x + 1, y)]
     return [a * side + b for a, b in candidates if 0 <= a < side and 0 <= b < side]

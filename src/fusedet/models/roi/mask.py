@@ -194,7 +194,7 @@ def stretch_masks(masks: Tensor, boxes: Tensor, around: Tensor) -> Tensor:
 
 
 def _interpolation_weights(low: Tensor, high: Tensor, length: int, cells: int) -> Tensor:
-    """Linear weights (D, length, cells) of `cells` between low and high (D,) for each of `length` pixels."""
+    """Compute linear weights (D, length, cells) of `cells` between low and high (D,) for each of `length` pixels."""
     centers = torch.arange(length, device=low.device) + 0.5
     position = (centers - low[:, None]) / (high - low).clamp(min=1e-6)[:, None] * cells - 0.5  # (D, length), in cells
     return (1 - (position[..., None] - torch.arange(cells, device=low.device)).abs()).clamp(min=0)
