@@ -41,7 +41,8 @@ def choose_batch(
     detector.to(fabric.device).train()
     size, channels = find_largest_size(config, images), config.data.channels
     own = find_batch(fabric, detector, size, states=states, masks=masks, limit=limit, channels=channels)
-    fitting = int(fabric.all_reduce(torch.tensor(float(own), device=fabric.device), reduce_op="min"))  # type: ignore[arg-type]
+    least = fabric.all_reduce(torch.tensor(float(own), device=fabric.device), reduce_op="min")
+    fitting = int(least)  # type: ignore[arg-type]
     batch = fitting * world * train.accumulate
     reason = "more do not fit into memory" if fitting < limit else f"the most for {plural(len(images), 'image')}"
     say(f"train.batch=auto: {plural(batch, 'image')} per step, {reason}")

@@ -11,6 +11,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fusedet.api.timing import describe_device
@@ -110,14 +111,14 @@ def read_fingerprints(run: Path) -> dict[str, Any] | None:
 
 
 def to_plain(value: Any) -> Any:
-    """Return a value without tensors, tuples, paths and NaN, which JSON lacks."""
+    """Return a value without tensors, arrays, NumPy scalars, tuples, paths and NaN, which JSON lacks."""
     if isinstance(value, dict):
         return {str(k): to_plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [to_plain(v) for v in value]
     if isinstance(value, Path):
         return str(value)
-    if hasattr(value, "tolist"):
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
         return to_plain(value.tolist())
     if isinstance(value, float) and value != value:
         return None

@@ -18,7 +18,7 @@ from fusedet.atomic_io import write_atomically
 from fusedet.collectives import gather_objects
 from fusedet.config import Config
 from fusedet.data.dataset import DetectionDataset
-from fusedet.data.loader import build_eval_loader
+from fusedet.data.loader import EvalLoader, build_eval_loader
 from fusedet.errors import InputError, plural, shorten_list
 from fusedet.evaluation.results import Result
 from fusedet.exporters import ExportedDetector
@@ -76,7 +76,7 @@ def evaluate_detector(
     check_tile_size("test.tiles.size", config.test.tiles.size, get_strides(detector))
     canvas = detector.canvas if isinstance(detector, ExportedDetector) else None
     loader = build_val_loader(config, dataset, rank, world, canvas, pin=device.type == "cuda")
-    batches = loader if rank else track(loader, len(loader), label="images", console=progress)
+    batches: Iterable[Batch] = loader if rank else track(loader, len(loader), label="images", console=progress)
     if not isinstance(detector, ExportedDetector):  # its thresholds are part of the file
         detector.selection = selection_options(config.test, dataset.names)
     results = detect(detector, batches, dataset, device, config.test.tiles.ios)
@@ -125,7 +125,7 @@ def build_val_loader(
     masks: bool = False,
     *,
     pin: bool = False,
-) -> Any:
+) -> EvalLoader:
     """Return a loader of every image of a split once, preprocessed as for `predict`, divided among the processes.
 
     `canvas` is the height and width that images must fit, None for no limit. With `masks`, targets have masks. With

@@ -96,10 +96,10 @@ class Data(Section):
         self._refuse_both("scale_jitter", "crop", "both crop the image")
         self._refuse_both("mixup", "copy_paste", "one blends whole images, the other pastes objects")
         need(self.channels == 3 or not self.photometric, self, "photometric", "false where data.channels is not 3")
-        is_share = isinstance(self.val, float)
-        need(not is_share or 0 < self.val < 1, self, "val", "a split, or a share above 0 and below 1")  # type: ignore[operator]
         need(len(set(self.classes)) == len(self.classes), self, "classes", "a list without repetitions")
-        need(not is_share or self.train != self.val_split, self, "train", "another split than the share data.val makes")
+        if isinstance(self.val, float):
+            need(0 < self.val < 1, self, "val", "a split, or a share above 0 and below 1")
+            need(self.train != self.val_split, self, "train", "another split than the share data.val makes")
         return self
 
     def _refuse_both(self, name: str, excluded: str, reason: str) -> None:

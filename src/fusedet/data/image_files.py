@@ -22,8 +22,8 @@ T = TypeVar("T")
 
 _SAMPLE = 100  # files that are read first, to measure whether reading waits for the disk
 _UNREAD = re.compile(
-    r"\.(hei[cf]|hif|jxl|avif|jxr|wdp|raw|dng|cr[23w]|ne[fw]|nrw|arw|srf|sr2|orf|rw2|raf|pef|srw|x3f|3fr|iiq|erf|kdc|mrw|"
-    r"rwl|exr|hdr|dcm|svg|eps|xcf|flif|bpg|ecw|sid)"
+    r"\.(hei[cf]|hif|jxl|avif|jxr|wdp|raw|dng|cr[23w]|ne[fw]|nrw|arw|srf|sr2|orf|rw2|raf|pef|srw|x3f|3fr|iiq|erf|kdc|"
+    r"mrw|rwl|exr|hdr|dcm|svg|eps|xcf|flif|bpg|ecw|sid)"
 )
 """Extensions of image formats that Pillow does not read, or only with a plug-in."""
 _ALIASES = {"valid": "val", "validation": "val", "training": "train", "testing": "test"}

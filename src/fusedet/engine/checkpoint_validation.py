@@ -10,6 +10,7 @@ from typing import Annotated, Any, NotRequired, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from torch import Tensor
+from torch.optim import Optimizer
 from typing_extensions import TypedDict
 
 from fusedet.errors import InputError
@@ -155,7 +156,7 @@ def check_position(saved: Checkpoint, batches: int, accumulate: int, path: Path)
         raise damaged(path, "step")
 
 
-def check_moments(saved: Checkpoint, name: str, optimizer: Any, path: Path) -> None:
+def check_moments(saved: Checkpoint, name: str, optimizer: Optimizer, path: Path) -> None:
     """Raise InputError where the saved state is not one of this optimizer, of that name, over these weights."""
     state, groups = saved.optimizer["state"], saved.optimizer["param_groups"]
     now = [len(group["params"]) for group in optimizer.param_groups]
@@ -178,7 +179,7 @@ def check_moments(saved: Checkpoint, name: str, optimizer: Any, path: Path) -> N
                 raise damaged(path, f"optimizer.state.{i}.{key}")
 
 
-def merged_optimizer_state(saved: Checkpoint, optimizer: Any) -> dict[str, Any]:
+def merged_optimizer_state(saved: Checkpoint, optimizer: Optimizer) -> dict[str, Any]:
     """Return the saved moments with momentum and decay as this optimizer has them.
 
     "lr" is the last step's; each step sets its own.

@@ -4,11 +4,12 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning_fabric import Fabric
 from lightning_fabric.loggers import Logger
 from torch import nn
+from torch.optim import Optimizer
 
 from fusedet.atomic_io import remove_leftovers
 from fusedet.config import Train, parse_interval
@@ -75,8 +76,7 @@ def setup(
 
     Raises:
         InputError: The directory already holds a training, or has none to resume, or its last.ckpt is damaged or does
-            not fit.
-            Nothing in the directory is changed then.
+            not fit. Nothing in the directory is changed then.
     """
     if not len(loader):
         raise InputError("there is nothing to train on: the loader has no batch")
@@ -87,11 +87,12 @@ def setup(
     lr = settings.lr if lr is None else lr
     # A fused optimizer unscales fp16's gradients by itself, and Fabric then refuses to clip them.
     fused = fabric.device.type == "cuda" and getattr(fabric.strategy.precision, "scaler", None) is None
+    optimizer = fabric.setup_optimizers(build_optimizer(detector, settings, lr, fused=fused))
     run = TrainingRun(
         fabric=fabric,
         detector=detector,
         model=fabric.setup_module(LossModule(detector)),
-        optimizer=fabric.setup_optimizers(build_optimizer(detector, settings, lr, fused=fused)),
+        optimizer=cast("Optimizer", optimizer),
         ema=ema,
         loader=loader,
         settings=settings,

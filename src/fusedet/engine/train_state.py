@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.loggers import Logger
+from torch.optim import Optimizer
 
 from fusedet.collectives import gather_objects
 from fusedet.config import Interval, Train
@@ -24,6 +25,9 @@ from fusedet.engine.signals import Interrupts
 from fusedet.errors import InputError
 from fusedet.models.detectors import DetectorModule
 from fusedet.types import Batch
+
+if TYPE_CHECKING:
+    from lightning_fabric.wrappers import _FabricModule
 
 TABLES = ("metrics.csv", "speed.csv")
 Validate = Callable[[DetectorModule, int], Mapping[str, float]]
@@ -57,6 +61,7 @@ class TrainingRun:
 
     Attributes:
         model: The detector's `LossModule`, as Fabric wraps it.
+        optimizer: As Fabric wraps it; the wrapper is a subclass of the optimizer's own class.
         lr: The learning rate after the warm-up, scaled to the total batch.
         state: `step` (updates done), `epoch` (epochs finished with their validation), `position` (batches done of the
             present epoch), `best` (the monitored metric's highest value), `stale` (validations since then) and
@@ -69,8 +74,8 @@ class TrainingRun:
 
     fabric: Fabric
     detector: DetectorModule
-    model: Any
-    optimizer: Any
+    model: "_FabricModule"
+    optimizer: Optimizer
     ema: EMA | None
     loader: Loader
     settings: Train

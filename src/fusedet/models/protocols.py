@@ -12,7 +12,7 @@ parameters, buffers and submodules from Python 3.12 on.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -335,8 +335,14 @@ class StageSamples(Protocol):
         ...
 
 
-class RoIStage(Protocol):
+Samples = TypeVar("Samples", bound=StageSamples)
+TakenSamples = TypeVar("TakenSamples", bound=StageSamples, contravariant=True)
+
+
+class RoIStage(Protocol[Samples]):
     """One stage of a two-stage detector: it classifies RoIs and refines their boxes.
+
+    A stage trains on the samples that its own `sample` returns.
 
     The constructor takes `levels: Levels`, `num_classes: int` and `pooling`, a function from a size in cells to a
     module (features, rois (M, 5)) -> (M, C, size, size).
@@ -359,15 +365,15 @@ class RoIStage(Protocol):
         """
         ...
 
-    def sample(self, proposals: Proposals, targets: Sequence[Target]) -> StageSamples:
+    def sample(self, proposals: Proposals, targets: Sequence[Target]) -> Samples:
         """Assign the proposals and sample the RoIs to train on, ground-truth boxes among them."""
         ...
 
-    def loss(self, raw: StageOutputs, samples: Any, targets: Sequence[Target]) -> Losses:
+    def loss(self, raw: StageOutputs, samples: Samples, targets: Sequence[Target]) -> Losses:
         """Compute the unweighted loss terms on samples of `sample`."""
         ...
 
-    def classes(self, samples: Any, targets: Sequence[Target]) -> Tensor:
+    def classes(self, samples: Samples, targets: Sequence[Target]) -> Tensor:
         """Look up each sample's class (S,) int64; K for background."""
         ...
 
@@ -395,7 +401,7 @@ class RoIStage(Protocol):
         ...
 
 
-class RoIBranch(Protocol):
+class RoIBranch(Protocol[TakenSamples]):
     """A branch beside a stage: it trains on the stage's samples and adds to the final detections.
 
     What it adds is the contract of `MaskPredictor` or `BoxRefiner`.
@@ -406,7 +412,7 @@ class RoIBranch(Protocol):
 
     loss_weights: dict[str, float]
 
-    def loss(self, features: Features, samples: Any, targets: Sequence[Target], sizes: Tensor) -> Losses:
+    def loss(self, features: Features, samples: TakenSamples, targets: Sequence[Target], sizes: Tensor) -> Losses:
         """Compute the unweighted loss terms on the stage's `StageSamples`.
 
         Shape:
@@ -415,7 +421,7 @@ class RoIBranch(Protocol):
         ...
 
 
-class MaskPredictor(RoIBranch, Protocol):
+class MaskPredictor(RoIBranch[TakenSamples], Protocol[TakenSamples]):
     """An RoI branch that predicts masks."""
 
     def predict(self, features: Features, detections: BatchDetections) -> Tensor:
@@ -424,7 +430,7 @@ class MaskPredictor(RoIBranch, Protocol):
 
 
 @runtime_checkable
-class BoxRefiner(RoIBranch, Protocol):
+class BoxRefiner(RoIBranch[TakenSamples], Protocol[TakenSamples]):
     """An RoI branch that refines the final boxes."""
 
     def refine(self, features: Features, detections: BatchDetections) -> BatchDetections:
