@@ -48,7 +48,11 @@ def check_formats(formats: str | Iterable[str], precision: str) -> list[str]:
 
 
 def add_aot(names: list[str]) -> list[str]:
-    """Return the formats with the compiled one after torch, which must be among them; checks for a compiler."""
+    """Return the formats with the compiled one after torch.
+
+    Raises:
+        InputError: torch is not among the formats, or there is no C++ compiler.
+    """
     if "torch" not in names:
         raise InputError("--aot compiles the format torch: add --format torch, or leave --aot out")
     check_compiler()

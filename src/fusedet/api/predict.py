@@ -163,7 +163,11 @@ class Predictor:
         return self.decode(source)
 
     def decode(self, source: Any) -> Tensor:
-        """Decode an image as `predict` takes it, uint8 (C, H, W)."""
+        """Decode an image as `predict` takes it to uint8 (C, H, W).
+
+        Raises:
+            InputError: A file cannot be read, or an array or tensor has another shape or type than `predict` takes.
+        """
         channels, value_range = self.config.data.channels, self.config.data.range
         is_file = isinstance(source, (str, os.PathLike, bytes))
         if channels == 3 and not (is_file and is_array_file(source)):

@@ -56,7 +56,18 @@ class Prediction(Detections):
         return pandas.DataFrame(columns, index=range(len(labels)))
 
     def plot(self, path: str | Path | None = None, score: float = 0.3) -> Image.Image:
-        """Draw boxes and masks of at least `score` on the image; save it if a path is given."""
+        """Draw the boxes and masks on the image.
+
+        Args:
+            path: Where to save the figure; the extension chooses the format. None saves nothing.
+            score: Least score of a drawn detection, in 0..1.
+
+        Returns:
+            The figure, in pixels of the image.
+
+        Raises:
+            ValueError: The prediction holds no image.
+        """
         from fusedet import visualization  # it imports matplotlib, which predictions that are not drawn never need
 
         if self.image is None:

@@ -36,7 +36,12 @@ from fusedet.models.detectors import (
 
 
 def open_data(config: Config, say: Callable[[str], None]) -> tuple[DetectionDataset, DetectionDataset]:
-    """Read the training and validation splits, compare them, and say what was wrong with their annotations."""
+    """Read the training and validation splits, compare them, and say what was wrong with their annotations.
+
+    Raises:
+        InputError: A split cannot be read, the two have different classes, or a check finds an error, such as a split
+            without a usable target.
+    """
     data, val = (read_split(config.data, split) for split in (config.data.train, config.data.val_split))
     if different := compare_class_names(data, val):
         raise InputError(different[0])
@@ -70,6 +75,16 @@ def make_detector(
     """Build the config's detector for the data's classes, with train.weights; without weights for a resumed run.
 
     Of train.weights with other classes, the rows of classes with equal names are kept.
+
+    Args:
+        config: Of the training.
+        dataset: The training split; its names are the classes.
+        say: Takes a sentence about weights that do not fit the classes, or about a frozen backbone without weights.
+        resume: Whether a checkpoint will bring the weights.
+
+    Raises:
+        InputError: train.weights cannot be read or do not fit the model, or train.checkpoint_backbone is set for a
+            backbone that is not timm's.
     """
     overwritten = resume or config.train.weights is not None
     detector = build_detector(disable_pretrained(config) if overwritten else config, len(dataset.names))

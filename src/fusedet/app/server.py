@@ -83,7 +83,11 @@ class State:
         self.queue, self.metrics = PredictionQueue(waiting), Metrics()
 
     async def compute(self, request: Request, upload: UploadFile, work: Callable[[bytes], T]) -> tuple[T, float]:
-        """Read a file and compute with it in the request's turn; return the result and the seconds of waiting."""
+        """Read a file and compute with it in the request's turn; return the result and the seconds of waiting.
+
+        Raises:
+            HTTPException: The file is larger than `max_bytes` (413), or the client has closed the connection (499).
+        """
         if (upload.size or 0) > self.max_bytes:
             raise HTTPException(413, describe_size_limit(self.max_bytes))
         start = time.perf_counter()

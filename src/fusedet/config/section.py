@@ -12,7 +12,11 @@ from fusedet.errors import InputError, unknown
 
 
 class Declaration(BaseModel):
-    """A frozen group of settings that refuses unknown keys and wrong values in one sentence."""
+    """A frozen group of settings that refuses unknown keys and wrong values in one sentence.
+
+    Raises:
+        InputError: A key is unknown, or a value has another type or range; the sentence names the key.
+    """
 
     model_config = ConfigDict(
         defer_build=True, frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True

@@ -12,7 +12,11 @@ LONGEST, LARGEST = 2**20, 100_000
 
 
 def read_yaml(path: Any, keys: str = "model, data, train, test or base") -> dict[str, Any]:
-    """Read the mapping in a YAML file, as `parse_yaml` does."""
+    """Read the mapping in a YAML file, as `parse_yaml` does.
+
+    Raises:
+        InputError: As for `parse_yaml`, or the file is not UTF-8.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

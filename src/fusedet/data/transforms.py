@@ -98,6 +98,10 @@ class TrainTransform:
         flip: Probability of a horizontal flip, in 0..1.
         photometric: Whether to apply torchvision's RandomPhotometricDistort.
         antialias: As in `EvalTransform`.
+
+    Raises:
+        InputError: A short side is below 1 pixel or above `max_size`, `resize` is neither of its values, "range" has
+            not two ascending sizes, or `flip` is no probability.
     """
 
     sizes: Sequence[int]

@@ -73,7 +73,15 @@ class NanGuard:
         return int(stop), bool(wanted)
 
     def check_gradient(self, norm: Tensor, ids: tuple[int, ...]) -> None:
-        """Note the gradient norm of the step of these images, before the weights take it."""
+        """Note the gradient norm of a step and, on the CPU, check it before the weights take it.
+
+        Args:
+            norm: Norm of all gradients, a scalar tensor ().
+            ids: Image ids of the step's batches, for the message.
+
+        Raises:
+            DivergenceError: The norm is not finite, on the CPU; on a GPU `wait` or `check_weights` raises it later.
+        """
         self._norm = (norm.detach(), self.step, ids)
         if self.device.type == "cpu" and not math.isfinite(norm):
             raise DivergenceError(self._gradient_complaint())

@@ -136,6 +136,9 @@ def compute_precision_recall(
         mean; classes, a list of {name, recall (101,), precision (101,), scores (101,), AP} in label order. Precision is
         interpolated, and 0 beyond the final recall. scores are the lowest that reach each recall, 0 beyond. All are NaN
         for a class without instances.
+
+    Raises:
+        InputError: `iou` is not in (0, 1].
     """
     if not 0 < iou <= 1:
         raise InputError(f"iou must lie in 0..1, it is {iou}")

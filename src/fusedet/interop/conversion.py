@@ -176,7 +176,11 @@ def _read_mmdetection_config(
 
 
 def count_classes(state: Mapping[str, Tensor], options: Config) -> int:
-    """Count the classes K by the rows of the classification layer."""
+    """Count the classes K by the rows of the classification layer.
+
+    Raises:
+        InputError: The weights have no classification layer of this head.
+    """
     kind = as_mapping(options.model.head).get("type")
     if kind == "rpn" and not options.model.roi:
         return 1

@@ -73,7 +73,14 @@ def loss_terms(columns: Iterable[str]) -> list[str]:
 
 
 def read_columns(file: Path) -> dict[str, np.ndarray]:
-    """Read the columns of a CSV file as numbers, NaN for other cells; drop columns without numbers."""
+    """Read the columns of a CSV file as numbers, NaN for other cells; drop columns without numbers.
+
+    Returns:
+        The columns (rows,) of float64 by name.
+
+    Raises:
+        InputError: The file cannot be read, or has no number.
+    """
     try:
         with file.open(newline="", encoding="utf-8") as lines:
             rows = list(csv.DictReader(lines))

@@ -22,6 +22,9 @@ def convert_anchors(reader: ConfigReader, pyramid: Tree, kind: str) -> Tree:
         reader: Reader of the head.
         pyramid: `model.pyramid` of the converted config.
         kind: "octaves" (base_scale, scales_per_octave), "scale", a single one, or "scales", any.
+
+    Raises:
+        InputError: The anchors cannot be converted; the sentence names their key.
     """
     generator, prefix, legacy, offset = reader, "anchor_", True, 0.5  # 1.x has them in the head
     if section := reader.get_section("anchor_generator"):
@@ -52,7 +55,11 @@ def _convert_placement(offset: float, legacy: bool) -> Tree:
 
 
 def read_box_stds(reader: ConfigReader, stds: list[float] | None) -> list[float]:
-    """Return the standard deviations of a head's box deltas, which must be `stds` if given."""
+    """Return the standard deviations of a head's box deltas, which must be `stds` if given.
+
+    Raises:
+        InputError: The box coder is another one, its means are not 0, or its standard deviations are not `stds`.
+    """
     if coder := reader.get_section("bbox_coder"):
         coder.require_type("DeltaXYWHBBoxCoder", "LegacyDeltaXYWHBBoxCoder")
         coder.require_value("add_ctr_clamp", False)
@@ -86,7 +93,16 @@ def convert_box_loss(reader: ConfigReader, *kinds: str) -> Tree:
 
 
 def convert_square_anchors(reader: ConfigReader, pyramid: Tree, plain: bool = True) -> Tree:
-    """Convert the single square anchor of each cell; plain: at the cell's corner, before 3x3 convolutions."""
+    """Convert the single square anchor of each cell.
+
+    Args:
+        reader: Reader of the head.
+        pyramid: `model.pyramid` of the converted config.
+        plain: Whether the anchor is at the cell's corner and the predictions are 3x3 convolutions.
+
+    Raises:
+        InputError: The cells have other anchors, or more than one.
+    """
     anchors = convert_anchors(reader, pyramid, "scale")
     refused = ("offset", "round_anchors") if plain else ("round_anchors",)
     if unsupported := {key: anchors[key] for key in refused if key in anchors}:
@@ -101,7 +117,11 @@ def convert_square_anchors(reader: ConfigReader, pyramid: Tree, plain: bool = Tr
 
 
 def check_strides(reader: ConfigReader, key: str, pyramid: Tree) -> list[float]:
-    """Return a head's strides, which must be those of the pyramid."""
+    """Return a head's strides, which must be those of the pyramid.
+
+    Raises:
+        InputError: They are others.
+    """
     expected = [2.0**i for i in range(pyramid["finest"], pyramid["coarsest"] + 1)]
     strides = reader.get_floats(key, expected)
     if len(strides) != len(expected) or not all(map(math.isclose, strides, expected)):

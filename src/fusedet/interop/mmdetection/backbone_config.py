@@ -29,7 +29,11 @@ _TOPS |= {("on_output", True): "on_output", ("on_output", False): "on_output_pla
 
 
 def convert_backbone(reader: ConfigReader) -> Tree:
-    """Convert a backbone to `model.backbone`."""
+    """Convert a backbone to `model.backbone`.
+
+    Raises:
+        InputError: The backbone, or an option of it, is not supported.
+    """
     kind = reader.require_type("ResNet", "ResNeXt", "TridentResNet", *FAMILIES)
     if kind in FAMILIES:
         family = FAMILIES[kind](reader) | {"pretrained": False} | _convert_deformable(reader)
@@ -59,7 +63,11 @@ def convert_backbone(reader: ConfigReader) -> Tree:
 
 
 def convert_plugins(reader: ConfigReader) -> Tree | None:
-    """Convert a backbone's plugins to `model.plugin`: GCNet's context block or none."""
+    """Convert a backbone's plugins to `model.plugin`: GCNet's context block or none.
+
+    Raises:
+        InputError: There are several plugins, or another than the context block.
+    """
     plugins = reader.get_sections("plugins") if reader.values.get("plugins") else []
     if not plugins:
         return None
@@ -106,7 +114,15 @@ def _convert_deformable(reader: ConfigReader) -> Tree:
 
 
 def convert_necks(readers: list[ConfigReader], last_only: bool = False) -> tuple[Any, Tree]:
-    """Convert one neck or several to `model.neck` and `model.pyramid`; last_only: the backbone has only C5."""
+    """Convert one neck or several to `model.neck` and `model.pyramid`.
+
+    Args:
+        readers: Readers of the necks, in their order.
+        last_only: Whether the backbone has only C5; the neck is then a DilatedEncoder.
+
+    Raises:
+        InputError: A neck, or an option of it, is not supported.
+    """
     first, *others = readers
     if last_only:
         first.require_type("DilatedEncoder")
@@ -157,7 +173,11 @@ def _convert_top(reader: ConfigReader, more: int) -> str:
 
 
 def read_normalization(config: Mapping[str, Any], notes: list[str]) -> tuple[list[float], list[float], bool] | None:
-    """Return mean and std in RGB order, and whether the weights expect BGR; None if the config has no preprocessing."""
+    """Return mean and std in RGB order, and whether the weights expect BGR; None if the config has no preprocessing.
+
+    Raises:
+        InputError: Mean and std do not have three channels, or the preprocessing also turns RGB to BGR.
+    """
     model = config.get("model") or {}
     if given := model.get("data_preprocessor") or config.get("data_preprocessor"):
         reader = ConfigReader("model.data_preprocessor", given, notes)

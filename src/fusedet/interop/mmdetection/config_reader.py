@@ -61,19 +61,41 @@ class ConfigReader:
         return default if value is None else value
 
     def get_typed(self, key: str, hint: Any, default: Any) -> Any:
-        """Return a value of a type such as list[bool] (see `config.validate_value`)."""
+        """Return a value of a type such as list[bool] (see `config.validate_value`).
+
+        Raises:
+            InputError: The value has another type.
+        """
         return validate_value(self.get(key, default), hint, f"MMDetection's {self.path}.{key}")
 
     def get_int(self, key: str, default: int, least: int = -1, most: int = 10**6) -> int:
-        """Return an integer from least to most, which bound the size of the model."""
+        """Return an integer; its range bounds the size of the model.
+
+        Args:
+            key: The key.
+            default: The value if the key is absent or None.
+            least: The smallest value that is accepted.
+            most: The largest value that is accepted.
+
+        Raises:
+            InputError: The value is no integer, or out of its range.
+        """
         return self._check_range(key, self.get_typed(key, int, default), least, most)
 
     def get_float(self, key: str, default: float) -> float:
-        """Return a number."""
+        """Return a number.
+
+        Raises:
+            InputError: The value is no number, or beyond 1e30.
+        """
         return self._check_range(key, self.get_typed(key, float, default))
 
     def get_floats(self, key: str, default: Iterable[float] = ()) -> list[float]:
-        """Return a list of numbers."""
+        """Return a list of numbers.
+
+        Raises:
+            InputError: The value is no list of numbers, or one is beyond 1e30.
+        """
         return [self._check_range(key, value) for value in self.get_typed(key, list[float], list(default))]
 
     def _check_range(self, key: str, value: Any, least: float = -_LARGEST, most: float = _LARGEST) -> Any:
@@ -86,6 +108,9 @@ class ConfigReader:
 
         Args:
             table: The dotted path of each option, its default, which has its type, and the range of an integer.
+
+        Raises:
+            InputError: A value has another type, or is out of its range.
         """
         options = {}
         for name, (path, default, *limits) in table.items():
@@ -105,11 +130,19 @@ class ConfigReader:
         return {name: value for name, value in self.get_options(table).items() if value != table[name][1]}
 
     def get_section(self, key: str) -> ConfigReader:
-        """Return the reader of a nested mapping; empty if it is absent."""
+        """Return the reader of a nested mapping; empty if it is absent.
+
+        Raises:
+            InputError: The value is no mapping.
+        """
         return ConfigReader(f"{self.path}.{key}", self.get(key), self.notes)
 
     def get_sections(self, key: str) -> list[ConfigReader]:
-        """Return the readers of a list of mappings, or of a single mapping."""
+        """Return the readers of a list of mappings, or of a single mapping.
+
+        Raises:
+            InputError: An item is no mapping.
+        """
         value = self.get(key, [])
         if not isinstance(value, (list, tuple)):
             return [self.get_section(key)]
@@ -120,7 +153,11 @@ class ConfigReader:
         return str(self.get_section(key).get("type", default)).rpartition(".")[2]
 
     def require_value(self, key: str, *supported: Any) -> Any:
-        """Return a value that must be one of the supported ones; the first is the default."""
+        """Return a value that must be one of the supported ones; the first is the default.
+
+        Raises:
+            InputError: The value is not supported; the sentence lists those that are.
+        """
         value = self.get(key, supported[0])
         value = list(value) if isinstance(value, tuple) else value
         if value not in supported:
@@ -131,7 +168,11 @@ class ConfigReader:
         return value
 
     def require_type(self, *supported: str) -> str:
-        """Return the type without a registry's scope; it must be one of the supported ones, the first by default."""
+        """Return the type without a registry's scope; it must be one of the supported ones, the first by default.
+
+        Raises:
+            InputError: The type is not supported; the sentence lists those that are.
+        """
         value = str(self.get("type", supported[0])).rpartition(".")[2]
         if value not in supported:
             raise InputError(
@@ -140,7 +181,11 @@ class ConfigReader:
         return value
 
     def require_norm(self, key: str, default: str | None, *supported: str | None) -> str | None:
-        """Return the type of a norm_cfg (None: no normalization), one of the supported; a GN must have 32 groups."""
+        """Return the type of a norm_cfg (None: no normalization), one of the supported; a GN must have 32 groups.
+
+        Raises:
+            InputError: The norm is not supported, or is a GN of another number of groups.
+        """
         kind = default
         if key in self.values:
             kind = None if self.values[key] is None else self.get_type(key, "None")

@@ -82,6 +82,9 @@ def convert_dense_head(reader: ConfigReader, train: ConfigReader, pyramid: Tree,
         train: Reader of `train_cfg`.
         pyramid: `model.pyramid` of the converted config.
         keys: Weights of the checkpoint; they show whether convolutions have biases.
+
+    Raises:
+        InputError: The head, or an option of it, is not supported.
     """
     kind = str(reader.get("type")).rpartition(".")[2]
     if kind not in _HEADS:
@@ -223,6 +226,9 @@ def convert_rpn_head(reader: ConfigReader, train: ConfigReader, test: ConfigRead
         train: Reader of `train_cfg`.
         test: Reader of `test_cfg.rpn`.
         pyramid: `model.pyramid` of the converted config.
+
+    Raises:
+        InputError: An option of the head is not supported.
     """
     reader.require_type("RPNHead")
     proposal, train = train.get_section("rpn_proposal"), train.get_section("rpn")
@@ -251,7 +257,11 @@ def read_nms_threshold(test: ConfigReader, default: float, soft: bool = False) -
 
 
 def read_soft_nms(test: ConfigReader) -> Tree:
-    """Convert the Soft-NMS of a test_cfg to settings of `test`; empty without."""
+    """Convert the Soft-NMS of a test_cfg to settings of `test`; empty without.
+
+    Raises:
+        InputError: The method is neither linear nor Gaussian.
+    """
     inner = test.get_section("nms")
     if inner.get("type", "nms") != "soft_nms":
         return {}

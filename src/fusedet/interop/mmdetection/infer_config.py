@@ -65,7 +65,11 @@ def _count_layers(state: Weights, pattern: str) -> int:
 
 
 def infer_backbone(state: Weights) -> Tree:
-    """Infer a ResNet or ResNeXt from names such as `backbone.layer1.0.conv1.weight`."""
+    """Infer a ResNet or ResNeXt from names such as `backbone.layer1.0.conv1.weight`.
+
+    Raises:
+        InputError: The numbers of blocks are those of no such backbone.
+    """
     blocks = tuple(_count_layers(state, rf"backbone\.layer{i}\.(\d+)\.") for i in (1, 2, 3, 4))
     deep = "backbone.layer1.0.conv3.weight" in state
     depth = (_DEEP if deep else _DEPTHS).get(blocks)

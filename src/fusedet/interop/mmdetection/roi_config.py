@@ -43,6 +43,10 @@ def convert_roi_head(reader: ConfigReader, trains: list[ConfigReader], legacy: b
         reader: Reader of `roi_head`.
         trains: Readers of `train_cfg.rcnn`, one for all stages or one per stage.
         legacy: Whether RoIAlign is that of MMDetection 1.x unless the config says otherwise.
+
+    Raises:
+        InputError: The RoI head, or an option of it, is not supported, or its stages, loss weights and `trains` differ
+            in number.
     """
     kind = reader.require_type(
         "StandardRoIHead",

@@ -40,7 +40,17 @@ def split_stages(model: nn.Module, names: list[str], option: str) -> list[list[n
 def select_stages(
     stages: list[list[nn.Module]], strides: tuple[int, ...], option: str, numbers: tuple[int, ...]
 ) -> dict[int, list[nn.Module]]:
-    """Select stages by ResNet's layer numbers: stage 1 ends at stride 4, stage 2 at 8, 3 at 16, 4 at 32."""
+    """Select stages by ResNet's layer numbers: stage 1 ends at stride 4, stage 2 at 8, 3 at 16, 4 at 32.
+
+    Args:
+        stages: Modules of the stem, then of each stage.
+        strides: Stride at the end of each stage.
+        option: The config key of `numbers`, for the message.
+        numbers: The stages to select.
+
+    Raises:
+        InputError: A number is no stage of the backbone, or is given twice.
+    """
     known = {stride.bit_length() - 2: modules for stride, modules in zip(strides, stages[1:])}
     if not set(numbers) <= set(known) or len(set(numbers)) < len(numbers):
         raise InputError(f"{option}={list(numbers)} must be different ones of this backbone's stages {list(known)}")

@@ -231,7 +231,16 @@ class MSFMPlugin:
             raise InputError(f"ratios={list(self.ratios)} must hold one ratio for each of stages={list(self.stages)}")
 
     def make(self, channels: int, stage: int, position: str) -> MSFM:
-        """Make the module for a block of that many channels in that stage."""
+        """Make the module for a block of that many channels in that stage.
+
+        Args:
+            channels: Channels of the block at that position.
+            stage: Number of the backbone's stage, one of `stages`.
+            position: Where in the block, such as "after_conv2".
+
+        Raises:
+            InputError: The scales, ratio or groups do not fit the channels.
+        """
         groups = self.groups if isinstance(self.groups, int) else (GROUPS | dict(self.groups))[position]
         ratio = self.ratios[self.stages.index(stage)]
         width = max(1, round(channels / (ratio * groups))) * groups if position == "after_branch" else None

@@ -225,6 +225,9 @@ class SEM(nn.Module):
         pool_first: As in MSEFPN.
         channel: Use the channel branch; at least one of the two branches is used.
         spatial: Use the spatial branch.
+
+    Raises:
+        InputError: `v_groups` does not divide the channels.
     """
 
     def __init__(
@@ -342,7 +345,11 @@ def make_sem(
 
 
 def level_indices(levels: Levels, context: tuple[int, ...]) -> list[int]:
-    """Return the indices of the levels with these pyramid numbers among a backbone's levels, finest first."""
+    """Return the indices of the levels with these pyramid numbers among a backbone's levels, finest first.
+
+    Raises:
+        InputError: `context` is empty, has a number twice, or names a level that the backbone lacks.
+    """
     missing = [i for i in context if 2**i not in levels.strides]
     if missing or not context or len(set(context)) < len(context):
         numbers = [stride.bit_length() - 1 for stride in levels.strides]
