@@ -69,6 +69,12 @@ def split_names(kind: str, names: str | Iterable[str], known: Iterable[str], *, 
     >>> split_names("format", ["csv,yolo", "csv"], ["coco", "yolo", "csv"])
     ['yolo', 'csv']
 
+    Args:
+        kind: What the names are of, for messages.
+        names: One text or several.
+        known: All names that there are.
+        of: The option or key, for messages.
+
     Raises:
         InputError: A name is not among the known ones.
     """

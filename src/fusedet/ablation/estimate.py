@@ -95,7 +95,14 @@ def count_work(plan: Plan, label: str, multiply_adds: float) -> float:
 
 
 def time_training_step(plan: Plan, label: str, multiply_adds: float, clock: Clock) -> None:
-    """Set the clock's rate by timing one training step and one prediction of a row's model with random weights."""
+    """Set the clock's rate by timing one training step and one prediction of a row's model with random weights.
+
+    Args:
+        plan: The ablation.
+        label: The row to time.
+        multiply_adds: Of the row's model on one image.
+        clock: Its `rate` and `basis` are set.
+    """
     options, data = plan.configs[label], plan.data[label]
     device = pick_device(options.device)
     count = max(1, options.train.total_batch // options.train.accumulate)

@@ -94,7 +94,14 @@ def browse(
 
 
 def draw_predictions(predictor: Predictor, images: list[Path], target: Path, score: float = 0.3) -> None:
-    """Draw predictions of at least `score` on images, into one grid."""
+    """Draw predictions on images, into one grid.
+
+    Args:
+        predictor: The detector.
+        images: Paths of the images.
+        target: The file to write.
+        score: Least score of a drawn prediction, in 0..1.
+    """
     drawn = [prediction.plot(score=score) for prediction in predictor.stream(images, batch=4)]
     visualization.save_image(visualization.draw_image_grid(drawn, [path.name for path in images]), target)
 

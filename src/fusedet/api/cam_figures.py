@@ -39,7 +39,18 @@ class Job:
 def draw_figures(
     job: Job, runs: Mapping[str, ActivationMaps], only: set[str], stem: Path
 ) -> tuple[dict[str, Path], dict[str, Any]]:
-    """Write the figures; return the files by what they show, and the numbers."""
+    """Write the heat maps, gates and level weights of one or two runs as figures.
+
+    Args:
+        job: The image, the class and the detections.
+        runs: Maps of each run, by the name that captions show.
+        only: Names of the parts to show, such as "smsl".
+        stem: Path of the files, without "-KIND.png".
+
+    Returns:
+        The files by what they show, and the numbers behind them, as JSON holds them: the share of the image that the
+        boxes cover, and per run the score, the heat of each row, the mean gates and level weights.
+    """
     heat = {
         kind: {source: [row for row in own.heat.get(kind, []) if row.part in only] for source, own in runs.items()}
         for kind in UNITS

@@ -60,7 +60,18 @@ def add_aot(names: list[str]) -> list[str]:
 
 
 def check_calibration(precision: str, calibrate: bool, raw: bool, images: int | None, max_drop: float | None) -> None:
-    """Raise InputError where an option of int8 is missing, is out of its range, or has no meaning."""
+    """Check the options of int8.
+
+    Args:
+        precision: Of the exported model.
+        calibrate: Whether images to calibrate on are given.
+        raw: Whether the model is exported without its selection of detections.
+        images: Number of images to calibrate on, at least 1; None for the default.
+        max_drop: Largest accepted loss of AP, in 0..1; None for the default.
+
+    Raises:
+        InputError: An option of int8 is missing, is out of its range, or has no meaning.
+    """
     if precision != "int8":
         options = {"--calibrate": calibrate or None, "--calibration-images": images, "--max-drop": max_drop}
         if given := [name for name, value in options.items() if value is not None]:

@@ -40,10 +40,20 @@ SETTABLE = ("test", "data.size", "data.antialias", "data.range")
 class Predictor:
     """A trained detector that takes images; `fusedet.load` returns it.
 
+    Args:
+        detector: Ready for inference: in eval mode, with its thresholds (`tuned`), or exported.
+        config: The config of the run.
+        names: Class names of the training data.
+        category_ids: Category ids of the training data.
+        source: The run directory or file that the detector comes from.
+
     Attributes:
         names: (K,) class names of the training data.
         category_ids: (K,) category ids of the training data.
         config: The config of the run, with the settings of `load`.
+
+    Raises:
+        InputError: `test.tiles.size` is below the largest stride of the detector.
     """
 
     def __init__(
@@ -283,6 +293,12 @@ def tuned(detector: DetectorT, config: Config, precision: Precision = "fp32", na
     """Return the detector prepared for inference, with the thresholds of `config.test`, which may name classes.
 
     An exported model stays as it is: its thresholds are part of the file.
+
+    Args:
+        detector: The detector.
+        config: Its `test` has the thresholds.
+        precision: Of the weights and feature maps.
+        names: Class names, for thresholds by class.
     """
     if isinstance(detector, ExportedDetector):
         return detector

@@ -100,7 +100,16 @@ def write_yolo_labels(prediction: Prediction, file: Path, score: float) -> None:
 
 
 def write_crops(prediction: Prediction, folder: Path, name: str, score: float) -> None:
-    """Write the part of the image in each box of at least `score` to CLASS/NAME-NUMBER.jpg; numbers count from 1."""
+    """Write the part of the image in each box to FOLDER/CLASS/NAME-NUMBER.jpg.
+
+    The number is that of the detection, from 1.
+
+    Args:
+        prediction: With its image.
+        folder: Where the directories of the classes are made.
+        name: Beginning of the file names.
+        score: Least score of a box that is written, in 0..1.
+    """
     assert prediction.image is not None
     image = prediction.image
     height, width = image.shape[1:]

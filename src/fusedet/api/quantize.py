@@ -131,6 +131,14 @@ def read_calibration_data(
 ) -> CalibrationData:
     """Read the data of int8: a seeded choice of images of `data.train`, and all of `data.val`.
 
+    Args:
+        config: Its `data` names the splits.
+        names: Class names of the model.
+        source: The model, for messages.
+        count: Images to calibrate on; None for `CALIBRATION_IMAGES`.
+        max_drop: Largest accepted loss of AP, in 0..1; None for `MAX_DROP`.
+        progress: Shows the progress of the validations.
+
     Raises:
         InputError: The data cannot be read, have other classes than the model, or the validation split has no objects.
     """

@@ -110,6 +110,13 @@ def training_config(
     A `Config` keeps its `out`. For a name or a file, `out` is runs/NAME by default. A run directory is trained again in
     runs/NAME, or continued where it is with `resume`. With a name of published weights, the training starts from them.
 
+    Args:
+        source: A config, its name or file, a run directory, or a name of published weights.
+        overrides: Settings as key=value.
+        settings: Settings as keyword arguments.
+        resume: Whether to continue the run in `out`.
+        trust: Whether a config from elsewhere may name classes of other packages.
+
     Raises:
         InputError: As `resolve_config`; no source is given; with `resume`, `out` holds no run of this model.
     """

@@ -155,6 +155,12 @@ def check_monitor(config: Config) -> None:
 def learns_masks(config: Config, detector: DetectorModule, data: DetectionDataset, val: DetectionDataset) -> bool:
     """Return whether the detector learns masks.
 
+    Args:
+        config: Of the training.
+        detector: The detector.
+        data: The training split.
+        val: The validation split.
+
     Raises:
         InputError: It does, and the data have none; or it does not, and train.monitor is a metric of masks.
     """

@@ -126,10 +126,16 @@ def build_val_loader(
     *,
     pin: bool = False,
 ) -> EvalLoader:
-    """Return a loader of every image of a split once, preprocessed as for `predict`, divided among the processes.
+    """Build a loader of every image of a split once, preprocessed as for `predict`.
 
-    `canvas` is the height and width that images must fit, None for no limit. With `masks`, targets have masks. With
-    `pin`, batches are in page-locked memory, from which a GPU copies without a wait.
+    Args:
+        config: Its `data` and `test` say how the images are seen, and how many at once.
+        dataset: The split.
+        rank: Rank of this process.
+        world: Number of processes that share the images.
+        canvas: Height and width that images must fit; None for no limit.
+        masks: Whether targets have masks.
+        pin: Whether batches are in page-locked memory, from which a GPU copies without a wait.
     """
     # a batch no larger than the rank's share keeps every process busy; one image per process is the least
     batch = max(world, (config.test.batch or config.train.total_batch // config.train.accumulate) // world * world)
@@ -146,9 +152,18 @@ def detect(
     device: torch.device,
     ios: float | None = None,
 ) -> list[Result]:
-    """Return detections of a split in COCO's result format, of all processes.
+    """Detect the objects of a split and collect the detections of all processes.
 
-    Boxes are in pixels of the original images; ids and categories are the dataset's. `ios` is that of `test.tiles`.
+    Args:
+        detector: In eval mode, on `device`.
+        loader: This process's batches.
+        dataset: The split.
+        device: Where the batches go.
+        ios: Threshold of `test.tiles.ios`.
+
+    Returns:
+        Detections in COCO's result format, in every process: boxes in pixels of the original images, ids and categories
+        of the dataset.
     """
     results: list[Result] = []
     for image_id, detections in detect_images(detector, loader, device, ios):
@@ -197,7 +212,20 @@ def compute_metrics(
     size_bins: Sequence[float] = (),
     max_det: int = 100,
 ) -> dict[str, Any]:
-    """Return COCO's metrics of a split, those of masks and VOC's if asked for, per class too, and the stamp."""
+    """Compute COCO's metrics of a split, those of masks and VOC's if asked for, per class too, and the stamp.
+
+    Args:
+        dataset: The split.
+        results: In COCO's result format, with image and category ids of the dataset.
+        voc: Whether VOC's AP is computed too.
+        evaluator: One of `evaluation.EVALUATORS`.
+        masks: Whether metrics of masks are computed too; every result then has a mask.
+        size_bins: Edges of size bins in pixels, as in `evaluation.evaluate_coco`.
+        max_det: As in `evaluate_results`.
+
+    Returns:
+        Metrics in 0..1 by name, mask_NAME of masks; lists `classes` and, if given, `size_bins`; `stamp`.
+    """
     options: dict[str, Any] = {"evaluator": evaluator, "size_bins": size_bins, "max_det": max_det}
     metrics = evaluation.evaluate_coco(dataset, results, **options)
     if masks:
@@ -219,7 +247,17 @@ def compute_metrics(
 def write_report(
     dataset: DetectionDataset, results: list[Result], metrics: dict[str, Any], out: Path, title: str
 ) -> dict[str, Path]:
-    """Write results, metrics and plots into a directory; return the files by what they show.
+    """Write results, metrics and plots of a split into a directory.
+
+    Args:
+        dataset: The split.
+        results: In COCO's result format, with image and category ids of the dataset.
+        metrics: As `compute_metrics` returns them.
+        out: The directory, which exists.
+        title: Title of the plots.
+
+    Returns:
+        The files by what they show.
 
     Raises:
         StorageError: A file cannot be written.

@@ -142,7 +142,15 @@ def describe_model(model: ServedModel) -> ModelReply:
 def describe_prediction(
     model: ServedModel, prediction: Prediction, seconds: dict[str, float], score: float, has_masks: bool
 ) -> PredictionReply:
-    """Return the detections of at least `score`; with `has_masks` their masks, of models that have a mask branch."""
+    """Describe the detections of an image as the reply of the HTTP API.
+
+    Args:
+        model: The model that detected.
+        prediction: With its image.
+        seconds: Durations of the steps.
+        score: Least score of a detection, in 0..1.
+        has_masks: Whether the reply holds the masks, of models that have a mask branch.
+    """
     keep = prediction.scores >= score
     assert prediction.image is not None
     rows: list[dict[str, Any]] = prediction.to_coco()

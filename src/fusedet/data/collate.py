@@ -56,7 +56,14 @@ def collate_samples(samples: Sequence[Sample], canvas: tuple[int, int] = (1, 1))
 def make_samples(
     image: Any, annotations: ImageAnnotations, transforms: Iterable[Transform], masks: bool = False
 ) -> list[Sample]:
-    """Apply each transform to an image (3, H, W) uint8; those of evaluation take a `LargeImage` too."""
+    """Apply each transform to an image.
+
+    Args:
+        image: (3, H, W) uint8; transforms of evaluation take a `LargeImage` too.
+        annotations: Of the image.
+        transforms: One per sample.
+        masks: Whether targets have masks.
+    """
     results = [transform(image, annotations, masks) for transform in transforms]
     return [Sample(changed, scale, annotations.image_id, target) for changed, scale, target in results]
 

@@ -115,7 +115,16 @@ class DetectionDataset:
         dataset_format: str,
         problems: Mapping[str, int] | None = None,
     ) -> DetectionDataset:
-        """Flatten the annotations of images into columns."""
+        """Flatten the annotations of images into columns.
+
+        Args:
+            names: (K,) class names.
+            category_ids: (K,) category ids.
+            images: Annotations of each image.
+            source: Where the data come from, for messages.
+            dataset_format: Such as "coco".
+            problems: Faults that the reader has counted, by their text.
+        """
         rows = list(images)
 
         def column(empty: tuple[int, ...], name: str) -> np.ndarray:

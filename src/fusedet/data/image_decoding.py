@@ -85,7 +85,17 @@ def read_image(
 def inspect_image(
     source: Source, value_range: Range | None = None, *, exif: bool = True, measure: bool = True
 ) -> tuple[Tensor, ImageValues | None]:
-    """Decode an image as `read_image` does, and measure the values of its file unless `measure` is false."""
+    """Decode an image as `read_image` does, and measure the values of its file.
+
+    Args:
+        source: As for `read_image`.
+        value_range: As for `read_image`.
+        exif: As for `read_image`.
+        measure: Whether the values are measured; without, a large image may be decoded in a faster way.
+
+    Returns:
+        The image (3, H, W) uint8, and its values, None unless measured.
+    """
     with open_image(source) as image:
         name, is_deep = name_source(source), has_deep_color(image)
         if value_range is not None and is_deep:

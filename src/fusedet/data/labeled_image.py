@@ -89,7 +89,17 @@ class LabeledImage:
         return self if bool(has_area.all()) else self.select(has_area)
 
     def crop(self, top: int, left: int, height: int, width: int) -> LabeledImage:
-        """Cut out a window, and drop the objects outside of it."""
+        """Cut out a window, and drop the objects outside of it.
+
+        Args:
+            top: First row, in pixels.
+            left: First column, in pixels.
+            height: Height of the window, in pixels.
+            width: Width of the window, in pixels.
+
+        Returns:
+            The window; boxes are clipped to it, and `visible` is what is left of each object.
+        """
         if (top, left, height, width) == (0, 0, *self.size):
             return self
         before = area(self.boxes)

@@ -151,12 +151,27 @@ def build_eval_loader(
 ) -> EvalLoader:
     """Build the evaluation loader: each image once, sorted by aspect ratio to save padding.
 
-    Batches of batch / world images go to the processes in turn; the last one may be smaller. Arguments are those of
-    `build_train_loader`; each image is read once and transformed for every entry of `views`, in the order of
-    `Batch.views`.
+    Batches of batch / world images go to the processes in turn; the last one may be smaller.
 
     With `tiles`, the images of a batch are windows of the dataset's images: first the whole image, then its tiles, all
-    in one process, see `Batch.windows`. An object of which less than `min_visible` lies in a window is ignored there.
+    in one process, see `Batch.windows`.
+
+    Args:
+        dataset: The images and their annotations.
+        transform: The preprocessing.
+        batch: Images at once over all processes.
+        workers: Number of worker processes; 0 loads in this process.
+        rank: Rank of this process.
+        world: Number of processes.
+        masks: Whether targets have masks.
+        pin: Whether batches are put into pinned memory.
+        start_method: The start method of `multiprocessing`; None takes the system's default.
+        views: Transforms of further views, in the order of `Batch.views`; each image is read once for all.
+        tiles: The tiles of each image; None for whole images.
+        min_visible: An object of which less than this share, in 0..1, lies in a window is ignored there.
+
+    Raises:
+        InputError: The dataset is empty, or `batch` is no multiple of `world`; while iterating, an image is bad.
     """
     _check_arguments(dataset, batch, workers, rank, world)
     height, width = dataset.sizes.numpy().T

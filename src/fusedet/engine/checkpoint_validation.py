@@ -149,7 +149,17 @@ def validate(content: Mapping[str, Any], path: Path) -> Checkpoint:
 
 
 def check_position(saved: Checkpoint, batches: int, accumulate: int, path: Path) -> None:
-    """Raise InputError where step, epoch and position do not belong together, in epochs of so many batches."""
+    """Check that step, epoch and position belong together.
+
+    Args:
+        saved: The checkpoint.
+        batches: Batches of an epoch.
+        accumulate: Batches of a step.
+        path: The file, for the message.
+
+    Raises:
+        InputError: They do not.
+    """
     if saved.position > batches:
         raise damaged(path, "position")
     if saved.step != saved.epoch * math.ceil(batches / accumulate) + math.ceil(saved.position / accumulate):
@@ -157,7 +167,17 @@ def check_position(saved: Checkpoint, batches: int, accumulate: int, path: Path)
 
 
 def check_moments(saved: Checkpoint, name: str, optimizer: Optimizer, path: Path) -> None:
-    """Raise InputError where the saved state is not one of this optimizer, of that name, over these weights."""
+    """Check that the saved moments are those of this optimizer over these weights.
+
+    Args:
+        saved: The checkpoint.
+        name: Kind of the optimizer, one of `MOMENTS`.
+        optimizer: The optimizer.
+        path: The file, for the message.
+
+    Raises:
+        InputError: They are not.
+    """
     state, groups = saved.optimizer["state"], saved.optimizer["param_groups"]
     now = [len(group["params"]) for group in optimizer.param_groups]
     then = [len(group["params"]) for group in groups]

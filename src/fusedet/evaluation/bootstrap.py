@@ -144,6 +144,12 @@ def compute_difference(
 ) -> dict[str, Any]:
     """Subtract a from b on the same resamples.
 
+    Args:
+        a: Metrics of one run.
+        b: Metrics of the other run, on the same resamples.
+        names: (K,) class names.
+        level: Probability of the interval, in 0..1.
+
     Returns:
         {metric: {a, b, difference, low, high}} and classes, a list of such rows with the name of the class. a, b and
         difference are those of the dataset itself (resample 0); low and high are the `compute_percentile_interval` of

@@ -137,7 +137,18 @@ def compute_box_iou(det: np.ndarray, gt: np.ndarray, crowd: np.ndarray) -> np.nd
 def find_box_pairs(
     det_group: np.ndarray, det: np.ndarray, ground_truths: GroundTruths, boxes: np.ndarray, min_iou: float
 ) -> OverlapPairs:
-    """Return the pairs of boxes (xywh) with an IoU of at least `min_iou`."""
+    """Find the pairs of boxes in a group with an IoU of at least `min_iou`.
+
+    Args:
+        det_group: Group of each detection; the groups of ground truths are ascending.
+        det: Boxes of the detections, xywh in pixels.
+        ground_truths: G instances.
+        boxes: Boxes of the instances, xywh in pixels.
+        min_iou: In 0..1.
+
+    Shape:
+        det_group (D,); det (D, 4); boxes (G, 4).
+    """
     dets, gts, ious = [np.zeros(0, int)], [np.zeros(0, int)], [np.zeros(0)]
     for d, o in pair_within_groups(det_group, ground_truths.group):
         iou = compute_box_iou(det[d], boxes[o], ground_truths.crowd[o])
@@ -160,6 +171,13 @@ def match_groups(
     In descending score, a detection takes the free ground truth of maximal IoU. Counted ground truths go before ignored
     ones (crowds, which stay free, and those outside the area range). An unmatched detection outside the area range is
     ignored.
+
+    Args:
+        detections: D detections.
+        ground_truths: G instances.
+        pairs: Pairs of a group with their IoU, at least all that reach the lowest threshold.
+        thresholds: (T,) IoU thresholds.
+        areas: (A, 2) least and largest area, in square pixels.
 
     Returns:
         matched (T, A, D), ignored (T, A, D) and gt_matched (T, A, G), all bool.
@@ -238,7 +256,17 @@ def iterate_rounds(
 def iterate_classes(
     detections: RankedDetections, ground_truths: GroundTruths, images: int, classes: int
 ) -> Iterator[tuple[np.ndarray, slice]]:
-    """Yield each class's detections over all images, stably by descending score, and the slice of its ground truths."""
+    """Iterate over the classes, with their detections and ground truths of all images.
+
+    Args:
+        detections: D detections.
+        ground_truths: G instances.
+        images: Number of images; group = label * images + position of the image.
+        classes: K.
+
+    Yields:
+        Of each class the indices of its detections, stably by descending score, and the slice of its ground truths.
+    """
     edges = np.arange(classes + 1) * images
     gt_edges, det_edges = np.searchsorted(ground_truths.group, edges), np.searchsorted(detections.group, edges)
     for k in range(classes):
@@ -255,7 +283,17 @@ def accumulate_curves(
     images: int,
     classes: int,
 ) -> PrecisionRecallCurves:
-    """Compute the interpolated precision at 101 recall levels, and the final recall."""
+    """Compute the interpolated precision at 101 recall levels, and the final recall.
+
+    Args:
+        detections: D detections.
+        ground_truths: G instances.
+        matched: (T, A, D) bool, as `match_groups` returns it.
+        ignored: (T, A, D) bool, as `match_groups` returns it.
+        areas: (A, 2) least and largest area, in square pixels; the first holds all sizes.
+        images: Number of images.
+        classes: K.
+    """
     T, A, _ = matched.shape
     precision, scores = np.full((2, T, len(RECALLS), classes, A), np.nan)
     recall, limited_recall = np.full((T, classes, A), np.nan), np.full((2, T, classes), np.nan)

@@ -16,9 +16,14 @@ def compute_confusion_matrix(
 ) -> np.ndarray:
     """Count how often instances of a class (row) are predicted as a class (column): (K + 1, K + 1) int64.
 
-    The last column counts false negatives, the last row false positives; their corner is 0. Detections of at least
-    `score` are matched regardless of class by `match_images`. Ignored instances and detections that lie on one of
-    their class are left out.
+    The last column counts false negatives, the last row false positives; their corner is 0. Detections are matched
+    regardless of class by `match_images`. Ignored instances and detections that lie on one of their class are left out.
+
+    Args:
+        dataset: The dataset.
+        results: In COCO's result format, with image and category ids of the dataset.
+        score: Least score of a detection that counts.
+        iou: Least IoU of a match, in (0, 1].
 
     Raises:
         InputError: The results do not fit the dataset, as in `evaluate_coco`.
@@ -44,6 +49,13 @@ def find_worst_images(
     instance predicted as a wrong class is a false negative and a false positive. Matching is that of
     `compute_confusion_matrix`.
 
+    Args:
+        dataset: The dataset.
+        results: In COCO's result format, with image and category ids of the dataset.
+        n: Maximum number of rows.
+        score: Least score of a detection that counts.
+        iou: Least IoU of a match, in (0, 1].
+
     Returns:
         Rows (index in the dataset, F1 in 0..1, false negatives, false positives).
     """
@@ -63,6 +75,14 @@ def find_differing_images(
 
     Of equal differences the image with more errors comes first, then the earlier one. Images of equal F1 are not
     listed. Matching is that of `compute_confusion_matrix`.
+
+    Args:
+        dataset: The dataset.
+        a: Results of one run.
+        b: Results of the other run.
+        n: Maximum number of rows.
+        score: Least score of a detection that counts.
+        iou: Least IoU of a match, in (0, 1].
 
     Returns:
         Rows (index in the dataset, scores of a, scores of b); scores are (F1, false negatives, false positives).

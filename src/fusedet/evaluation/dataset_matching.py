@@ -52,9 +52,15 @@ def match_detections(
     areas: np.ndarray,
     max_det: int = MAX_DETS[-1],
 ) -> MatchResult:
-    """Match boxes, or masks if results with masks are given, at IoU thresholds (T,) in area ranges (A, 2).
+    """Match the detections of a dataset with its instances, by boxes or masks.
 
-    Of each image and class the `max_det` best detections are matched.
+    Args:
+        dataset: The dataset.
+        table: The detections.
+        masks: The results behind `table`, to match masks; None to match boxes.
+        thresholds: (T,) IoU thresholds.
+        areas: (A, 2) least and largest area, in square pixels.
+        max_det: Best detections of each image and class that are matched.
     """
     n, image_index, place = len(dataset), dataset.image_indices, rank_by_image_id(dataset)
     group = dataset.labels.numpy() * n + place[image_index]

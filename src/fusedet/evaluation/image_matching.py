@@ -56,6 +56,12 @@ def match_images(
     A detection takes the free instance of maximal IoU, if that is at least `iou`; of equal IoUs one of its own class.
     An unmatched detection is ignored if at least `iou` of its area lies in an ignored instance of its class.
 
+    Args:
+        dataset: The dataset.
+        results: In COCO's result format, or as arrays.
+        iou: Least IoU of a match, in (0, 1].
+        score: Least score of a detection that is matched.
+
     Raises:
         InputError: The IoU is out of range, or the results do not fit the dataset, as in `evaluate_coco`.
     """

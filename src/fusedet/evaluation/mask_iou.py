@@ -48,7 +48,14 @@ def compute_mask_area(segmentation: dict[str, Any]) -> float:
 def find_mask_pairs(
     det_group: np.ndarray, det: list[Any], ground_truths: coco_matching.GroundTruths, masks: list[Any]
 ) -> coco_matching.OverlapPairs:
-    """Return all pairs of masks of the same group with their IoU."""
+    """Find all pairs of masks of the same group with their IoU.
+
+    Args:
+        det_group: (D,) group of each detection, ascending.
+        det: D RLEs.
+        ground_truths: G instances; the IoU with a crowd is over the area of the detection.
+        masks: G RLEs.
+    """
     dets, gts, ious = [np.zeros(0, int)], [np.zeros(0, int)], [np.zeros(0)]
     for group in np.intersect1d(det_group, ground_truths.group):
         d = np.arange(*np.searchsorted(det_group, [group, group + 1]))

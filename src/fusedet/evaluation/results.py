@@ -166,6 +166,13 @@ def create_stamp(
 ) -> dict[str, Any]:
     """Describe what two evaluations must share to be comparable; stored beside all metrics.
 
+    Args:
+        dataset: The dataset.
+        results: In COCO's result format, with image and category ids of the dataset.
+        evaluator: One of `EVALUATORS`.
+        iou_type: "bbox" or "segm".
+        max_dets: Limits of the detections of an image and class.
+
     Returns:
         evaluator, its package and version; iou_type; max_dets; images, their number; image_ids, 16 hex digits of the
         sorted ids; data, the fingerprint of the dataset with its annotations; detections, their number.

@@ -26,6 +26,12 @@ def evaluate_voc(
     Boxes are continuous, x2 - x1 wide. The devkit counts inclusive pixels (+ 1) with corners from 1. The reader turns
     VOC's (xmin, ymin, xmax, ymax) into (xmin - 1, ymin - 1, xmax, ymax), so that both give the same metrics.
 
+    Args:
+        dataset: The dataset.
+        results: In COCO's result format, with image and category ids of the dataset.
+        iou: Least IoU of a true positive, in (0, 1].
+        points: "area" or 11, see above.
+
     Returns:
         {mAP, classes: [{name, AP, images, objects}]}.
 

@@ -29,7 +29,17 @@ def compute_outputs(detector: DetectorModule, case: Case, metadata: Metadata) ->
 def compute_nudged_outputs(
     detector: DetectorModule, case: Case, metadata: Metadata, noise: float
 ) -> Iterator[dict[str, Any]]:
-    """Yield PyTorch's outputs with outputs of head and stages that differ by relative noise, `NUDGES` times."""
+    """Compute PyTorch's outputs with noise on the outputs of head and stages.
+
+    Args:
+        detector: In eval mode.
+        case: The input.
+        metadata: Of the export.
+        noise: Size of the relative noise.
+
+    Yields:
+        The detector's outputs, `NUDGES` times, each with noise of its own.
+    """
     for seed in range(NUDGES):
         generator = torch.Generator().manual_seed(seed)
 

@@ -185,6 +185,13 @@ class ScoreDecay(Protocol):
     def select(self, boxes: Tensor, scores: Tensor, labels: Tensor, iou: float, max_det: int) -> tuple[Tensor, Tensor]:
         """Select the detections of every image.
 
+        Args:
+            boxes: Candidates, xyxy in pixels.
+            scores: Of the candidates.
+            labels: Of the candidates.
+            iou: IoU threshold of the suppression.
+            max_det: Number of selected boxes.
+
         Shape:
             boxes (N, M, 4); scores (N, M), negative for boxes that do not count; labels (N, M); result: decayed scores
             (N, max_det), -1 where no box is left, and indices (N, max_det).

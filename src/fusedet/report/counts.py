@@ -81,7 +81,13 @@ def classify(pairs: ImageMatches) -> np.ndarray:
 
 
 def count_by_threshold(pairs: ImageMatches, kinds: np.ndarray, names: Sequence[str]) -> Counts:
-    """Count everything that follows the threshold; `kinds` is what `classify` returns."""
+    """Count everything that follows the threshold on the score.
+
+    Args:
+        pairs: D detections and their matches.
+        kinds: (D,) kind of each detection, as `classify` returns it.
+        names: (K,) class names.
+    """
     bins, k = find_score_bins(pairs.scores), len(names)
     is_counted = kinds >= 0
     objects = np.bincount(pairs.truth[pairs.counted], minlength=k)

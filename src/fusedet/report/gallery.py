@@ -93,10 +93,15 @@ class Thumbnail:
 
 
 def choose_items(dataset: DetectionDataset, pairs: ImageMatches, kinds: np.ndarray) -> list[GalleryItem]:
-    """Choose what is shown, the kinds in turn; `kinds` is what `counts.classify` returns.
+    """Choose what is shown, the kinds in turn.
 
     Half of each kind is chosen class by class: the largest missed instances, the detections of highest score. The other
     half is spread over the scores, so that every threshold has some.
+
+    Args:
+        dataset: The dataset.
+        pairs: D detections and their matches.
+        kinds: (D,) kind of each detection, as `counts.classify` returns it.
     """
     bins, area, image_of = find_score_bins(pairs.scores), dataset.area.numpy(), dataset.image_indices
     is_missed = pairs.counted.copy()

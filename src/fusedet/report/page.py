@@ -64,7 +64,15 @@ def write_page(
 
 
 def render(analysis: Analysis, dataset: DetectionDataset, title: str, training: str, origin: str) -> str:
-    """Return the page as HTML."""
+    """Return the page as HTML.
+
+    Args:
+        analysis: What the page shows.
+        dataset: The split.
+        title: Title of the page.
+        training: HTML of the training curves; "" without.
+        origin: HTML of the origin of the metrics.
+    """
     subtitle = (
         f"{plural(analysis.images, 'image')}, {plural(analysis.objects, 'object')} of "
         f"{plural(len(analysis.names), 'class')}"

@@ -140,6 +140,12 @@ def read_annotation_files(
 def build_split(folder: DataFolder, records: RecordSet, split: str, *, exif: bool = True) -> DetectionDataset:
     """Build the dataset of a split; class names are those of all splits, so that the splits agree.
 
+    Args:
+        folder: The data folder.
+        records: The records of all its splits.
+        split: Name of the split.
+        exif: Whether EXIF turns images of unknown size.
+
     Raises:
         InputError: There is no such split, two files annotate one image, or a class is not in the list of classes.
     """
@@ -165,6 +171,14 @@ def build_dataset(
     exif: bool = True,
 ) -> DetectionDataset:
     """Build a dataset from records; category ids are 1..K, image ids 1..N in the order of the records.
+
+    Args:
+        records: The images.
+        classes: Class names, in the order of the labels.
+        source: Where the data come from, for messages.
+        dataset_format: Such as "voc".
+        problems: The faults counted by the reader; those of the records are added.
+        exif: Whether EXIF turns images of unknown size.
 
     Raises:
         InputError: An image is annotated twice, a class is not in the list, or a size is missing with its image.

@@ -58,7 +58,12 @@ class OneStage(nn.Module):
         return self.head(self.neck(self.backbone(self.normalize(images, sizes))))
 
     def normalize(self, images: Tensor, sizes: Tensor | None = None) -> Tensor:
-        """Normalize uint8 images for the backbone, in channels_last; the padding becomes 0."""
+        """Normalize images for the backbone, in channels_last; the padding becomes 0.
+
+        Shape:
+            images (N, C, H, W) uint8; sizes (N, 2), height and width inside the padding, None for no padding; result
+            (N, C, H, W) of the type of the backbone's weights.
+        """
         return normalize_images(
             images, self.backbone.scale, self.backbone.shift, sizes, next(self.backbone.parameters()).dtype
         )

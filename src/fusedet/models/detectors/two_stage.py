@@ -148,7 +148,12 @@ class TwoStage(nn.Module):
         return f"s{stage}_{name}" if len(self.stages) > 1 else name
 
     def normalize(self, images: Tensor, sizes: Tensor | None = None) -> Tensor:
-        """Normalize uint8 images for the backbone, in channels_last; the padding becomes 0."""
+        """Normalize images for the backbone, in channels_last; the padding becomes 0.
+
+        Shape:
+            images (N, C, H, W) uint8; sizes (N, 2), height and width inside the padding, None for no padding; result
+            (N, C, H, W) of the type of the backbone's weights.
+        """
         return normalize_images(
             images, self.backbone.scale, self.backbone.shift, sizes, next(self.backbone.parameters()).dtype
         )
@@ -227,6 +232,12 @@ class TwoStage(nn.Module):
         self, stage: int, auxiliary: Features, samples: StageSamples, targets: Sequence[Target]
     ) -> Losses:
         """Compute the losses of a stage's auxiliary stage, for every lateral those of all samples.
+
+        Args:
+            stage: Index of the stage.
+            auxiliary: The neck's maps for the auxiliary stages.
+            samples: S RoIs that the stage was trained on.
+            targets: Of each image.
 
         References:
             "AugFPN: Improving Multi-Scale Feature Learning for Object Detection", Guo et al., 2020, section 3.2:

@@ -102,6 +102,12 @@ class DDODHead(QualityAnchorHead):
         """Assign the anchors of every image (N, P) as ATSS does, by score^(1 - exponent) * IoU^exponent (eq. 3).
 
         Scores and boxes are the predicted ones.
+
+        Args:
+            outputs: Raw outputs of the head.
+            targets: Of each image.
+            sizes: (N, 2) height and width inside the padding; None for no padding.
+            exponent: Of the IoU, in 0..1.
         """
         valid = valid_prior_mask(outputs, self.levels.strides, sizes)  # (N, P)
         scores = class_scores(outputs, self.num_classes)  # (N, P, K)

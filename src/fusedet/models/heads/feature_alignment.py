@@ -15,7 +15,14 @@ WIDER = 4  # channels of the classification branch behind the alignment, in thos
 
 
 class Alignment(nn.Module):
-    """The classification branch behind the predicted box: deformable convolution, then 3x3 and 1x1 convolutions."""
+    """The classification branch behind the predicted box: deformable convolution, then 3x3 and 1x1 convolutions.
+
+    Args:
+        inputs: Channels of the level.
+        channels: Channels of the deformable convolution; the tower has `WIDER` times as many.
+        norm: GroupNorm(32) after both convolutions of the tower.
+        bias: Biases of the tower's convolutions.
+    """
 
     def __init__(self, inputs: int, channels: int, norm: bool, bias: bool) -> None:
         super().__init__()

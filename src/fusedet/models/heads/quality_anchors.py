@@ -132,7 +132,11 @@ class QualityAnchorHead(nn.Module):
     ) -> Tensor:
         """Compute the focal loss of an assignment (N, P), summed over all anchors that are not ignored.
 
-        weights (P,): of the anchors, None for 1.
+        Args:
+            outputs: Raw outputs of the head.
+            assigned: (N, P) index of the instance, or background or ignored.
+            positives: The positives among them.
+            weights: (P,) of the anchors; None for 1.
         """
         logits = flatten_maps(outputs.maps["cls"], self.num_classes)  # (N, P, K)
         return assigned_focal_loss(logits, assigned, positives, self.alpha, self.gamma, weights)

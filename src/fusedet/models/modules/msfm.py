@@ -119,6 +119,13 @@ class Unsqueeze(nn.Module):
     U's output is linear in y. So the norm's statistics follow from the mean and the covariance of y's few channels, and
     the norm becomes one scale and one shift per image and channel, which go into the product. No map of C channels is
     normalized or saved. With `relu` it is x + relu(U(y)), computed directly.
+
+    Args:
+        inputs: k, channels of y.
+        channels: C, channels of x.
+        groups: Of the norm; divides C.
+        zero_init: Scale and shift of the norm start at 0.
+        relu: A ReLU after the norm.
     """
 
     def __init__(self, inputs: int, channels: int, groups: int, zero_init: bool, relu: bool = False) -> None:

@@ -84,6 +84,12 @@ class BiFPNLayer(nn.Module):
 
     P_i' = node(P_i, up(P_{i+1}')), then O_i = node(P_i, P_i', down(O_{i-1})). The coarsest level has no P'; the output
     of the finest is its P'.
+
+    Args:
+        count: Number of levels.
+        channels: Of every level.
+        norm: After every convolution.
+        separable: Depthwise 3x3 and 1x1 convolutions in place of dense 3x3 ones.
     """
 
     def __init__(self, count: int, channels: int, norm: Norm = "bn", separable: bool = True) -> None:
@@ -105,7 +111,14 @@ class BiFPNLayer(nn.Module):
 
 
 class Node(nn.Module):
-    """Weighted sum of maps of one size, SiLU, 3x3 convolution, norm."""
+    """Weighted sum of maps of one size, SiLU, 3x3 convolution, norm.
+
+    Args:
+        inputs: Number of maps.
+        channels: Of every map.
+        norm: After the convolution.
+        separable: A depthwise 3x3 and a 1x1 convolution in place of a dense 3x3 one.
+    """
 
     eps = 1e-4
 

@@ -94,7 +94,18 @@ def top_down(maps: Features, gates: Sequence[Callable[[Tensor], Tensor]] = ()) -
 
 
 class TopLevels(nn.Module):
-    """The `count` levels above the backbone's last; shared by all necks that make a pyramid."""
+    """The `count` levels above the backbone's last; shared by all necks that make a pyramid.
+
+    Args:
+        inputs: Channels of the backbone's last map.
+        channels: Channels of every level.
+        count: Number of levels, which may be 0.
+        top: What the levels are made from, one of `Top`.
+        norm: GroupNorm(32) after every convolution.
+
+    Raises:
+        InputError: `top` is unknown.
+    """
 
     def __init__(self, inputs: int, channels: int, count: int, top: Top, norm: bool = False) -> None:
         super().__init__()
@@ -121,7 +132,16 @@ class TopLevels(nn.Module):
 
 
 def pyramid_levels(levels: Levels, channels: int, finest: int, coarsest: int) -> tuple[int, Levels]:
-    """Return the index of P`finest` among a backbone's levels, and the levels P`finest` to P`coarsest`.
+    """Compute the levels P`finest` to P`coarsest` of a pyramid.
+
+    Args:
+        levels: The backbone's levels.
+        channels: Channels of every level of the pyramid.
+        finest: Number of the finest level, 3 for stride 8.
+        coarsest: Number of the coarsest level, 7 for stride 128.
+
+    Returns:
+        The index of P`finest` among the backbone's levels, and the channels and strides of the pyramid.
 
     Raises:
         InputError: See `FPN`.

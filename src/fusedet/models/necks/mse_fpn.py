@@ -334,7 +334,20 @@ class Add(nn.Module):
 def make_sem(
     kind: Enhancement, channels: int, embed: int, reduction: int, v_groups: int, gn1: bool, pool_first: bool
 ) -> nn.Module:
-    """Make the semantic enhancement of a global context of that many channels."""
+    """Make the semantic enhancement (N, C, H, W) -> (N, C, H, W) of a global context.
+
+    Args:
+        kind: As `sem` in MSEFPN.
+        channels: C.
+        embed: As in MSEFPN.
+        reduction: As in MSEFPN.
+        v_groups: As in MSEFPN.
+        gn1: Normalize R over all its entries.
+        pool_first: As in MSEFPN.
+
+    Raises:
+        InputError: `v_groups` does not divide the channels.
+    """
     if kind == "none":
         return nn.Identity()
     if kind == "conv1x1":

@@ -121,7 +121,18 @@ class SMSL(nn.Module):
 
 
 class LateralLevels(nn.Module):
-    """A backbone's maps as levels of one width, without a top-down path."""
+    """A backbone's maps as levels of one width, without a top-down path.
+
+    Args:
+        levels: The backbone's levels.
+        channels: As in FPN.
+        finest: As in FPN.
+        coarsest: As in FPN.
+        top: As in FPN.
+
+    Raises:
+        InputError: As for FPN.
+    """
 
     def __init__(self, levels: Levels, channels: int, finest: int, coarsest: int, top: Top) -> None:
         super().__init__()
@@ -155,6 +166,12 @@ class SelectiveUnits(nn.Module):
     """The selective combination modules of all T targets, eq. 9 to 11.
 
     Each has its own weights; every layer is one product for all of them.
+
+    Args:
+        targets: T.
+        levels: L.
+        channels: C.
+        reduction: Divides C to the width of the hidden layer.
     """
 
     def __init__(self, targets: int, levels: int, channels: int, reduction: int) -> None:
@@ -190,7 +207,18 @@ def combine(D: Features, weights: Tensor) -> Tensor:
 
 
 def add_resized(p: Tensor, f: Tensor, index: int, level: int, resizing: Resizing = "pool") -> Tensor:
-    """Add f (N, C, H, W), of level number `level`, in the size of level number `index`, p (N, C, H_l, W_l)."""
+    """Add a map in the size of another: p + `scatter_level`(f).
+
+    Args:
+        p: The map to add to.
+        f: The map to resize.
+        index: Number of the level of p, from 0 for the finest.
+        level: Number of the level of f.
+        resizing: How f is resized.
+
+    Shape:
+        p and result (N, C, H_l, W_l); f (N, C, H, W).
+    """
     (height, width), (h, w) = p.shape[-2:], f.shape[-2:]
     if not is_exporting() and resizing != "bilinear" and index < level and height % h == 0 and width % w == 0:
         # nearest neighbors repeat f in blocks: added by broadcasting, the upsampled map is never written

@@ -59,7 +59,11 @@ def valid_prior_mask(
 def assign_batch(assigner: Assigner, priors: Priors, targets: Sequence[Target], valid: Tensor | None = None) -> Tensor:
     """Assign the priors of every image: (N, P) int64.
 
-    valid (N, P) bool: priors that take part, None for all.
+    Args:
+        assigner: Assigns the priors of one image.
+        priors: P priors, the same in every image.
+        targets: Of each image.
+        valid: (N, P) bool, priors that take part; None for all.
     """
     rows = [None] * len(targets) if valid is None else valid.unbind()
     return torch.stack([assigner.assign(priors, target, row) for target, row in zip(targets, rows, strict=True)])

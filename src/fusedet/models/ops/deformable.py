@@ -20,6 +20,15 @@ class DeformConv(nn.Module):
 
     It computes in float32, the only type that the sampling kernels support; the result has the input's type.
 
+    Args:
+        inputs: Input channels.
+        outputs: Output channels.
+        kernel: Side of the kernel, odd.
+        stride: Of the convolution.
+        groups: Of the convolution, as in `nn.Conv2d`.
+        dilation: Distance of the kernel points, in cells.
+        bias: Add a bias.
+
     Attributes:
         weight: (outputs, inputs / groups, kernel, kernel).
         bias: (outputs,) or None.
@@ -74,6 +83,17 @@ class DeformPack(DeformConv):
     """Deformable convolution that predicts its own offsets and, where `modulated`, its mask.
 
     It starts as the plain convolution, times 0.5 where modulated: the sigmoid of 0.
+
+    Args:
+        inputs: As in `DeformConv`.
+        outputs: As in `DeformConv`.
+        kernel: As in `DeformConv`.
+        stride: As in `DeformConv`.
+        groups: As in `DeformConv`.
+        dilation: As in `DeformConv`.
+        bias: As in `DeformConv`.
+        modulated: Predict a mask too (DCNv2).
+        offset_groups: Groups of input channels with offsets of their own.
     """
 
     def __init__(
@@ -122,6 +142,11 @@ def deform_conv2d_by_rows(
 
     A feature map in channels_last is a table of rows of C numbers, and a sample is a weighted sum of four rows: an
     embedding bag. The samples, 9 C numbers per cell for a 3x3 kernel, are saved for the backward pass.
+
+    Shape:
+        x (N, C, H, W); offset (N, 2 * G * kernel^2, H', W'), G offset groups, per kernel point dy and dx in cells;
+        weight (outputs, C / groups, kernel, kernel); bias (outputs,); mask (N, G * kernel^2, H', W'); result (N,
+        outputs, H', W').
     """
     kernel, groups = weight.shape[-1], x.shape[1] // weight.shape[1]
     offset_groups, parts = split_offset_groups(x, offset, mask, kernel)
@@ -157,9 +182,11 @@ def split_offset_groups(
 def sample_rows(
     x: Tensor, offset: Tensor, mask: Tensor | None, kernel: int, stride: int, padding: int, dilation: int
 ) -> Tensor:
-    """Sample x (N, C, H, W) at every cell's kernel points plus offsets: (N, H' * W', kernel^2, C).
+    """Sample x bilinearly at every cell's kernel points plus offsets, 0 outside the map.
 
-    Samples are bilinear, and 0 outside the map.
+    Shape:
+        x (N, C, H, W); offset (N, 2 * kernel^2, H', W'), per kernel point dy and dx in cells; mask (N, kernel^2, H',
+        W'); result (N, H' * W', kernel^2, C).
     """
     (n, channels, height, width), (rows, columns) = x.shape, offset.shape[2:]
     steps = torch.arange(kernel, device=x.device) * dilation - padding

@@ -65,9 +65,12 @@ def _collect(points: Tensor, targets: Sequence[Target], most: int, choose: Calla
 
 
 def last_of_class(pairs: Pairs, values: Tensor, outside: float, shape: torch.Size) -> Tensor:
-    """Scatter values (M,) of pairs to their images, points and classes, of shape (N, P, K); `outside` elsewhere.
+    """Scatter values of pairs to their images, points and classes; `outside` elsewhere.
 
     Of several instances of one class at a point the last one counts.
+
+    Shape:
+        values (M,); result (N, P, K).
     """
     _, count, classes = shape
     entry = (pairs.image * count + pairs.prior) * classes + pairs.labels

@@ -35,6 +35,13 @@ class GroupNorm(nn.GroupNorm):
 def conv_norm(inputs: int, outputs: int, kernel: int, norm: Norm | None, stride: int = 1) -> nn.Module:
     """Make a convolution with bias, or one without and a norm after it.
 
+    Args:
+        inputs: Input channels.
+        outputs: Output channels.
+        kernel: Side of the kernel, odd; the size stays at stride 1.
+        norm: "gn" is GroupNorm(32), "bn" BatchNorm; None for a bias instead.
+        stride: Of the convolution.
+
     Raises:
         InputError: `norm` is unknown, or 32 groups do not divide the outputs.
     """

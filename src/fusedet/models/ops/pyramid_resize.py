@@ -45,14 +45,29 @@ _RESIZERS: dict[Resizing, tuple[Callable[[Tensor, Size], Tensor], Callable[[Tens
 
 
 def gather_levels(features: Features, level: int, resizing: Resizing = "pool") -> Features:
-    """Resize all levels to the size of one."""
+    """Resize all levels to the size of one.
+
+    Shape:
+        features (N, C, H_l, W_l); result (N, C, H, W) each, of the size of level number `level`.
+    """
     size = (features[level].shape[-2], features[level].shape[-1])
     shrink, enlarge = _RESIZERS[resizing]
     return [shrink(f, size) if i < level else f if i == level else enlarge(f, size) for i, f in enumerate(features)]
 
 
 def scatter_level(x: Tensor, like: Tensor, index: int, level: int, resizing: Resizing = "pool") -> Tensor:
-    """Resize a map of level number `level` to the size of `like`, level `index`: the inverse of `gather_levels`."""
+    """Resize a map of level number `level` to the size of `like`, level `index`: the inverse of `gather_levels`.
+
+    Args:
+        x: The map.
+        like: A map of the wanted size.
+        index: Number of the level of `like`, from 0 for the finest.
+        level: Number of the level of x.
+        resizing: How x is resized.
+
+    Shape:
+        x (N, C, H, W); like (N, any, H_l, W_l); result (N, C, H_l, W_l).
+    """
     size = (like.shape[-2], like.shape[-1])
     shrink, enlarge = _RESIZERS[resizing]
     return enlarge(x, size) if index < level else x if index == level else shrink(x, size)

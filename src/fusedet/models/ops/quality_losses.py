@@ -66,7 +66,11 @@ def quality_focal_loss(
 def quality_focal_loss_of_scores(
     scores: Tensor, counted: Tensor, rows: Tensor, labels: Tensor, quality: Tensor, beta: float = 2.0
 ) -> Tensor:
-    """Compute `quality_focal_loss` of scores p in 0..1 (R, K) that are no sigmoid of one logit."""
+    """Compute `quality_focal_loss` of scores p in 0..1 that are no sigmoid of one logit.
+
+    Shape:
+        scores (R, K); counted (R,) bool; rows and labels (R+,) int64; quality (R+,) in 0..1; result: scalar.
+    """
     q = quality.detach().float()
     p = scores[rows, labels].float()
     cost = (q - p).abs() ** beta * cross_entropy_of_scores(p, q)
@@ -76,7 +80,11 @@ def quality_focal_loss_of_scores(
 def focal_loss_of_scores(
     scores: Tensor, counted: Tensor, rows: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0
 ) -> Tensor:
-    """Compute `sigmoid_focal_loss` of scores p in 0..1 (R, K) that are no sigmoid of one logit."""
+    """Compute `sigmoid_focal_loss` of scores p in 0..1 that are no sigmoid of one logit.
+
+    Shape:
+        scores (R, K); counted (R,) bool; rows and labels (R+,) int64; result: scalar.
+    """
     p = scores[rows, labels].float()
     cost = alpha * (1 - p) ** gamma * cross_entropy_of_scores(p, torch.ones_like(p))
     return _replace_negatives(scores, counted, p, cost, 1 - alpha, gamma)

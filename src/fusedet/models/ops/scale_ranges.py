@@ -82,6 +82,12 @@ def ignore_outside_ranges(
 ) -> Tensor:
     """Ignore the anchors of instances outside the image's range, and those that overlap one with an IoU above 0.3.
 
+    Args:
+        assigned: Index of the instance, or background or ignored.
+        anchors: xyxy in pixels.
+        targets: Of each image.
+        ranges: Least and largest size of each image, in pixels.
+
     Shape:
         assigned (N, P) int64, anchors (P, 4); result (N, P).
     """

@@ -46,6 +46,13 @@ class SoftNMS:
         Scores only decrease, so the selected ones are sorted. No step depends on the data, so that it exports, one
         step after the other.
 
+        Args:
+            boxes: Candidates, xyxy in pixels.
+            scores: Of the candidates.
+            labels: Of the candidates.
+            iou: From this IoU on the linear method decays a score.
+            max_det: Number of selected boxes.
+
         Shape:
             boxes (N, M, 4); scores (N, M), negative for boxes that do not count; labels (N, M); result: decayed scores
             (N, max_det), -1 where no box is left, and indices (N, max_det).

@@ -64,6 +64,12 @@ class UniformMatcher:
     def match(self, anchors: Tensor, predicted: Tensor, target: Target, valid: Tensor) -> UniformMatches:
         """Match the priors of one image.
 
+        Args:
+            anchors: xyxy in pixels.
+            predicted: Predicted boxes, xyxy in pixels.
+            target: Of the image.
+            valid: Priors that take part.
+
         Shape:
             anchors and predicted (P, 4); valid (P,) bool, the others are ignored and influence nothing.
         """

@@ -64,9 +64,13 @@ class MatchedProposals(NamedTuple):
 def match_proposals(
     proposals: Proposals, targets: Sequence[Target], positive: float | Tensor, ground_truth: bool = True
 ) -> MatchedProposals:
-    """Assign each proposal to the instance of its largest IoU, from `positive` on.
+    """Assign each proposal to the instance of its largest IoU.
 
-    With `ground_truth`, the ground-truth boxes are added.
+    Args:
+        proposals: Of the images.
+        targets: Of each image.
+        positive: Least IoU of a positive, in 0..1, a number or a tensor ().
+        ground_truth: Whether the ground-truth boxes are put before the proposals.
     """
     assigner = MaxIoUAssigner(positive, positive, low_quality=False)
     matches = [
