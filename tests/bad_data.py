@@ -1,4 +1,4 @@
-"""Malformed datasets: small valid ones in COCO, VOC or YOLO format, each corrupted in one way, with the expected result."""
+"""Malformed datasets: small valid ones in COCO, VOC or YOLO format, each corrupted in one way, with its result."""
 
 from __future__ import annotations
 

@@ -24,9 +24,9 @@ def pytest_configure(config: pytest.Config) -> None:
 def order_for_workers(modules: dict[str, list[pytest.Item]], workers: int) -> list[pytest.Item]:
     """Begin the share of each worker with modules that have slow tests, and end it with fast ones.
 
-    xdist gives each worker an equal number of consecutive tests at first. Workers that finish take tests from the end of
-    others' shares, so that a slow test at an end would leave all other workers without work. A module with slow tests
-    stays together; at the border of two shares the fixtures of a fast one are made twice.
+    xdist gives each worker an equal number of consecutive tests at first. Workers that finish take tests from the end
+    of others' shares, so that a slow test at an end would leave all other workers without work. A module with slow
+    tests stays together; at the border of two shares the fixtures of a fast one are made twice.
     """
     slow = [name for name, items in modules.items() if any(item.get_closest_marker("slow") for item in items)]
     slow.sort(key=lambda name: LONGEST.index(name) if name in LONGEST else len(LONGEST))

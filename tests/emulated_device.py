@@ -7,9 +7,10 @@ an operator, and counts the places where the host would wait for the device.
         losses = detector.to("cuda").loss(batch.to("cuda"))
     device.waits()  # how often the host waited, and in which line
 
-A wrapper subclass of Tensor stands for each tensor on the device. A dispatch mode runs every operator on the CPU tensors
-inside and wraps the results. For C++ the tensors are on torch's Python-only backend, because autograd asks CUDA itself
-for streams. It changes torch for the rest of the process, and so needs a process of its own: see emulated_cases.py.
+A wrapper subclass of Tensor stands for each tensor on the device. A dispatch mode runs every operator on the CPU
+tensors inside and wraps the results. For C++ the tensors are on torch's Python-only backend, because autograd asks CUDA
+itself for streams. It changes torch for the rest of the process, and so needs a process of its own: see
+emulated_cases.py.
 
 It does not model numerics, memory, time, several streams, NCCL or compilation.
 """

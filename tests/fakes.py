@@ -1,4 +1,4 @@
-"""What several tests share: a detector and a loader of a few lines, random maps, images and objects, and promises of every head."""
+"""What several tests share: a detector and a loader of a few lines, random inputs, and the contract of every head."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ def load_benchmark(name: str) -> ModuleType:
 
 
 class FakeDetector(nn.Module):
-    """Predicts an image's boxes from its mean color; the losses are sums over objects by the shared count of objects."""
+    """Predicts an image's boxes from its mean color.
+
+    The losses are sums over the objects, divided by the mean number of objects over the processes.
+    """
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()

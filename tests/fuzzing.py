@@ -225,7 +225,7 @@ FOUND: list[Any] = [
 
 
 def check_results(seed: int, value: Any, count: int) -> None:
-    """A valid file of results with some values changed, and at times some bytes, scored by boxes and masks, and drawn."""
+    """Change values, and at times bytes, of a valid file of results; evaluate it by boxes and masks, and draw it."""
     rng = random.Random(seed)
     tree: Any = FOUND
     for _ in range(count):

@@ -30,7 +30,8 @@ class Training:
     """A training in one or several processes; their output goes to `log`, their present activity to `log`.doing.
 
     Args:
-        fault: (place, number, signal): at the number-th passage of a place of `PLACES` the process sends itself the signal.
+        fault: (place, number, signal): at the number-th passage of a place of `PLACES` the process sends itself the
+            signal.
     """
 
     def __init__(
@@ -269,9 +270,9 @@ def killed_at_random(
 ) -> list[str]:
     """Kill a training and its resumptions `kills` times, let it end, and compare it with the run in `whole`.
 
-    One moment of five lies in a process's start. The rest lie between its first step and the time that a whole training takes
-    from there, more of them early, so that a chain has many links. A training that ends before its kill is compared too, and
-    the next one begins.
+    One moment of five lies in a process's start. The rest lie between its first step and the time that a whole training
+    takes from there, more of them early, so that a chain has many links. A training that ends before its kill is
+    compared too, and the next one begins.
 
     Returns:
         The activities at the kills.

@@ -34,7 +34,8 @@ class Line:
 def line(units: Sequence[float], memory: Sequence[float], warm_up: float = 0.25) -> Line:
     """Least squares through the means of BLOCKS blocks, the first `warm_up` share of the units left out.
 
-    Blocks, since an allocator's steps last for many samples: neighbors are not independent, and their interval would be too narrow.
+    Blocks, since an allocator's steps last for many samples: neighbors are not independent, and their interval would be
+    too narrow.
     """
     x, y = np.asarray(units, float), np.asarray(memory, float)
     keep = x >= x[0] + warm_up * (x[-1] - x[0])

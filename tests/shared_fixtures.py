@@ -46,7 +46,10 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of reference data beside the project. Without it a test skips; in CI it fails, unless the setting is "none"."""
+    """The folder of reference data beside the project.
+
+    Without it a test skips; in CI it fails, unless the setting is "none".
+    """
     setting = os.environ.get("FUSEDET_SHARED")
     folder = Path(setting or ROOT.parent / "shared")
     if not folder.is_dir():
@@ -59,7 +62,7 @@ def shared() -> Path:
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    """Seed the CPU's generator only: torch.manual_seed records the stack for each kind of device, a millisecond in all."""
+    """Seed the CPU's generator only: torch.manual_seed records the stack for each kind of device, 1 ms in all."""
     torch.default_generator.manual_seed(0)
 
 
@@ -135,7 +138,7 @@ def _copying(build: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.fixture
 def copied_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Copy backbones and MSFM modules that were built before: they are most of the time of a build on the meta device."""
+    """Copy backbones and MSFM modules that were built before: they take most of a build on the meta device."""
     monkeypatch.setattr(timm_backbone, "create_timm_model", _copying(create_timm_model))
     monkeypatch.setattr(MSFMPlugin, "make", _copying(MSFMPlugin.make))
 

@@ -127,7 +127,7 @@ def test_models_and_limits(client: Any) -> None:
 
 
 def test_heat_maps(client: Any) -> None:
-    """A layer per feature level and one for all, of the image's shape; the brightest value is that of the color scale."""
+    """A layer per feature level and one for all, of the image's shape; the maximum is that of the color scale."""
     reply = post(client, "/heatmaps", **{"class": NAMES[0]}).json()
     assert (reply["kind"], reply["kinds"]) == ("classification", ["classification", "regression"])
     assert [row["caption"] for row in reply["rows"]][:2] == ["backbone", "after fpn"]

@@ -1,4 +1,4 @@
-"""The app's page in a real browser: upload, threshold, classes, boxes, heat maps, downloads, errors, keys and widths."""
+"""The app's page in a browser: upload, threshold, classes, boxes, heat maps, downloads, errors, keys and widths."""
 
 import json
 import re

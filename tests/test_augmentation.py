@@ -257,7 +257,7 @@ def test_paste_by_hand():
 
 
 def test_the_rule_of_leftovers():
-    """Crop to x in 10..: 1/4 of the first, 1/5 of the second, a strip of half a pixel of the third, all of the fourth."""
+    """Crop to x in 10..: 1/4 of the first, 1/5 of the second, half a pixel of the third, all of the fourth is left."""
     image, annotated = draw(60, 60, [[2, 5, 12, 25], [6, 30, 11, 40], [4, 45, 10, 55], [40, 5, 50, 15]])
     annotated.boxes[0, 2], annotated.boxes[0, 0] = 12, 4  # 8 wide, of which 2 remain: a quarter
     annotated.boxes[2, 2] = 10.5

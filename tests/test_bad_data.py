@@ -1,4 +1,4 @@
-"""Every malformed dataset of bad_data.py can be trained on, with counted problems, or is refused with a clear message."""
+"""Every malformed dataset of bad_data.py trains, with counted problems, or is refused with a clear message."""
 
 from __future__ import annotations
 

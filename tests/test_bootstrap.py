@@ -128,9 +128,10 @@ HIT_A, HIT_B, SPREAD, FALSE_A, FALSE_B = 0.6, 0.68, 0.2, 1.0, 0.8
 
 
 def expected(hit, false, objects=2.0):
-    """AP on endless data: a share `hit` of the objects is found exactly, at scores sqrt(U); `false` finds per image at 1 - sqrt(U).
+    """Compute the AP on endless data.
 
-    Right ones above a score s are hit (1 - s²) of the objects, false ones false (1 - s)² per image.
+    A share `hit` of the objects is detected exactly, at scores sqrt(U); each image has `false` false positives, at
+    1 - sqrt(U). True positives above a score s are hit (1 - s²) of the objects, false ones false (1 - s)² per image.
     """
     recall = np.linspace(0, 1, 101)[1:]  # at recall 0 the precision of the best scores, 1
     right = recall[recall <= hit]
@@ -140,9 +141,10 @@ def expected(hit, false, objects=2.0):
 
 
 def draw(rng, count):
-    """DetectionDataset of `count` images of one class, two runs' finds, and the true difference of their AP.
+    """DetectionDataset of `count` images of one class, two runs' detections, and the true difference of their AP.
 
-    An image has 1 to 3 objects and is easy or hard for both runs; an object that the worse run finds the better one does.
+    An image has 1 to 3 objects and is easy or hard for both runs; the better run detects every object that the worse
+    one detects.
     """
     each = rng.integers(1, 4, count)
     owner = np.repeat(np.arange(count), each)
@@ -269,7 +271,8 @@ def test_interval_over_seeds_covers_as_often_as_it_says(paired):
 
 def test_percentiles():
     values = np.array([np.arange(39.0)[::-1], np.full(39, np.nan)])
-    # of very many items: of 39 values the first and the last, beyond which a further one lies with probability 1 / 40 a side
+    # of very many items: of 39 values the first and the last, beyond which a further one lies with probability 1 / 40
+    # on each side
     low, high = compute_percentile_interval(values, 10**9)
     assert (low[0], high[0]) == pytest.approx((0, 38), abs=1e-6)
     assert np.isnan([low[1], high[1]]).all()

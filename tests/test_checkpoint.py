@@ -1,3 +1,5 @@
+"""Checkpoints and weights: round trips, full disks and absent folders, and files of other kinds or of another model."""
+
 import errno
 import os
 import zipfile

@@ -1,4 +1,4 @@
-"""A changed or damaged run directory: --resume refuses it in one sentence, changes nothing, and executes nothing of it."""
+"""A changed or damaged run directory: --resume refuses it in one sentence, changes nothing and executes nothing."""
 
 from __future__ import annotations
 
@@ -241,7 +241,7 @@ def poisoned(run_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_the_weights_of_a_run_name_no_class(
     poisoned: tuple[Path, Path], scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run's config is checked where it is read; its weights are loaded into what that config makes, and asked for nothing else."""
+    """A run's config is checked where it is read; its weights are only loaded into the model of that config."""
     run, ran = poisoned
     (run / "run.json").unlink()
     reported: list[list[State]] = []  # in the place of images

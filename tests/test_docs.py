@@ -1,4 +1,4 @@
-"""The modules' pages and drawings: snippets run, tables say what the code has, links lead somewhere, texts stay in their boxes."""
+"""The modules' pages and drawings: snippets run, tables agree with the code, links lead somewhere, labels fit."""
 
 import inspect
 import re

@@ -138,7 +138,7 @@ def test_trainer_step(slow_rows: dict[str, dict[str, Any]]) -> None:
 
 @pytest.mark.slow
 def test_checkpoints_copy_all_tensors_at_once(slow_rows: dict[str, dict[str, Any]]) -> None:
-    """Saving waits for the check that the weights are finite, the running losses, two numbers of fp16's scaler and all copies."""
+    """Saving waits for the check of the weights, the running losses, two numbers of fp16's scaler and all copies."""
     row = slow_rows["trainer"]
     assert row["waits"]["checkpoint"] <= 1 + 1 + 2 + 1, row["lines"]["checkpoint"]
     assert row["waits"]["weights"] <= 1

@@ -1,3 +1,5 @@
+"""The optimizer's groups of parameters, the scaling of the learning rate with the batch, and its schedules."""
+
 import math
 
 import pytest
@@ -46,7 +48,7 @@ def test_biases_outside_norms_may_learn_faster_and_without_decay(name):
 
 
 def test_biases_of_stacked_layers_are_biases_and_those_that_predict_offsets_are_not():
-    """SMSL stacks its units' layers and norms; MMEngine leaves the offsets of deformable convolutions out of its rule."""
+    """SMSL stacks its units' layers and norms; MMEngine excepts deformable convolutions' offsets from its rule."""
     smsl = SMSL(Levels((16, 16), (8, 16)))
     net = nn.ModuleList([smsl, DeformPack(4, 4, bias=True)])
     opt = build_optimizer(net, Train(weight_decay=0.5, decay_bias=False, bias_lr=2.0), 0.1)
@@ -80,7 +82,7 @@ def test_rate_is_linear_in_the_batch():
 
 @pytest.mark.parametrize(
     ("step", "factor"),
-    # 100 steps an epoch, 500 of warm-up: 0.001 at first, 1 at the 500th step; a tenth after epoch 8, a hundredth after 11
+    # 100 steps an epoch, 500 of warm-up: 0.001 at first, 1 at the 500th step; 1/10 after epoch 8, 1/100 after 11
     [(0, 0.001), (1, 0.001 + 0.999 / 499), (250, 0.001 + 0.999 * 250 / 499), (499, 1), (500, 1)]
     + [(799, 1), (800, 0.1), (1099, 0.1), (1100, 0.01), (1199, 0.01)],
 )

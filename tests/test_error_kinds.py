@@ -54,7 +54,8 @@ def test_classification(share):
 
 @pytest.mark.parametrize("share", [0.11, 0.499])
 def test_both(share):
-    # the object is missed too: nothing that is mended by place or class alone lies on it; without it no class has an object
+    # the object is missed too: no detection that its place or its class alone would correct lies on it; without it no
+    # class has an object
     errors = evaluation.analyze_errors(dataset([[(BOX, 0, False)]]), [detection(part(share), DOG)])
     assert {name: row["count"] for name, row in errors["kinds"].items() if row["count"]} == {"both": 1, "missed": 1}
 
@@ -110,7 +111,7 @@ def test_misplaced_beside_a_found_object_goes_when_mended():
 
 
 def test_best_of_place_and_class_on_one_object():
-    """A misplaced cat (0.9) and a dog (0.8) on one cat: the better one alone can be mended, and the object is not missed."""
+    """A misplaced cat (0.9) and a dog (0.8) on one cat: only the better one can be corrected; the cat is not missed."""
     _, errors = kinds([[(BOX, 0, False)]], [detection(part(0.4), CAT, 0.9), detection(BOX, DOG, 0.8)])
     assert errors == {"localization": (1, pytest.approx(1)), "classification": (1, 0)}
 
@@ -134,7 +135,10 @@ def test_nothing_at_all():
 
 @property_test(100, st.lists(st.tuples(OBJECTS, GUESSES), min_size=1, max_size=3))
 def test_every_false_detection_and_every_lost_object_has_one_kind(images):
-    """What is right, counted in plain loops, and the five kinds make up all detections; a lost object is missed or has one on it."""
+    """True positives, counted in plain loops, and the five kinds are all detections.
+
+    An object without a match is missed or has a detection on it.
+    """
     ids = (4, 1, 9)
     objects = [[o for o in own if not o[2]] for own, _ in images]
     data = dataset(objects, names=("a", "b", "c"), ids=ids)

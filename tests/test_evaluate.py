@@ -177,7 +177,10 @@ def test_voc_by_hand():
 
 
 def devkit(objects, guesses, total, points):
-    """VOCevaldet.m's loop on inclusive 1-based pixels: objects {image: [(box, difficult)]}, guesses [(image, box, score)]."""
+    """VOCevaldet.m's loop on inclusive 1-based pixels.
+
+    objects {image: [(box, difficult)]}, guesses [(image, box, score)].
+    """
     taken, hits = set(), []
     for image, box, _ in sorted(guesses, key=lambda g: -g[2]):
         best, at = -1.0, None

@@ -32,7 +32,10 @@ def test_the_measure_detects_a_leak() -> None:
 
 
 PER_STEP, PER_IMAGE = 256 * KIB, 128 * KIB
-"""Bytes at the interval's upper end. An allocator's steps are a few megabytes, which is much for so few steps; a step's graph is larger."""
+"""Bytes at the interval's upper end.
+
+An allocator's steps are a few megabytes, which is much for so few steps; a step's graph is larger.
+"""
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The project speaks the field's English: private words of the past stay out of code, docs, help texts and test names."""
+"""The project speaks the field's English: private words stay out of code, docs, help texts and test names."""
 
 import ast
 import re

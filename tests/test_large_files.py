@@ -1,4 +1,4 @@
-"""Large compressed files: TIFF by strips and tiles, JPEG and PNG in little memory, and the peak of a whole prediction."""
+"""Large compressed files: TIFF by strips and tiles, JPEG and PNG in little memory, and a prediction's peak memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Imports go one way: a package imports from lower ranks only, packages of one rank never import each other, files form no cycle."""
+"""Imports go one way: a package imports from lower layers only, those of one layer never each other, without cycles."""
 
 import ast
 from functools import cache

@@ -1,4 +1,4 @@
-"""The inputs of real users' kinds beside the project: each is read right, or refused in a sentence that says what to do."""
+"""Inputs of real users' kinds in the reference data: each is read right, or refused with what would be right."""
 
 import json
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""The training loop: files, validation, EMA, accumulation, clipping, precision, divergence, resumption and loggers."""
+
 import csv
 import os
 import signal

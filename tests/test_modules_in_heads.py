@@ -1,4 +1,4 @@
-"""The four modules together in the detectors of ATSS's family, in the matching and anchor-free ones and in those on FCOS."""
+"""The four modules together in the detectors of ATSS's family, the matching and anchor-free ones and those on FCOS."""
 
 from __future__ import annotations
 

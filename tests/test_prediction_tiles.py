@@ -1,4 +1,4 @@
-"""Validation and prediction in tiles: windows, detections shifted and merged, cut objects joined, files read by parts."""
+"""Validation and prediction in tiles: windows, detections shifted and merged, cut objects joined, partial reading."""
 
 from __future__ import annotations
 
@@ -462,7 +462,8 @@ def test_an_exported_model_of_fixed_size(tmp_path: Path) -> None:
     )
     exported = ExportedDetector(session, metadata)
     image = np.random.default_rng(0).integers(0, 256, (100, 150, 3), dtype=np.uint8)
-    ours = only(Predictor(exported, run.config, run.names, run.category_ids, path).predict([image], 2)[0])  # type: ignore[index]
+    predictor = Predictor(exported, run.config, run.names, run.category_ids, path)
+    ours = only(predictor.predict([image], 2)[0])  # type: ignore[index]
     wanted = only(run.predict(image))
     assert shapes == {(1, 3, 64, 64)}
     assert len(wanted) > 0

@@ -23,7 +23,8 @@ from fusedet.models.detectors.factory import build_detector
 pytestmark = pytest.mark.usefixtures("copied_parts")
 # SMSL trained with MMDetection 1.x, whose mask logits and box codes had a row for the background
 MASK_WITH_BACKGROUND = 44_175_349 - 44_170_992
-# 3.4 k short of the printed value by every reading of the module; the paper may have added rounded values (the specification, B.1)
+# 3.4 k short of the printed value by every reading of the module; the paper may have added rounded values (the
+# specification, B.1)
 MISSED = {("msfm_table4", "Grid R-CNN*")}
 OURS = {"modules_together", "necks", "seed_noise", "sizes"}
 # rows that the prose of MSE-FPN names without a figure, or with one that it gives as a difference to them
@@ -46,8 +47,8 @@ READINGS = (
 )
 
 
-# MMDetection's configs: steps, and the factor at the first; the text of MSFM prints one warm-up for all of its Table 4, Grid R-CNN
-# among them
+# MMDetection's configs: steps, and the factor at the first; the text of MSFM prints one warm-up for all of its Table 4,
+# Grid R-CNN among them
 WARM_UPS = {"fcos": (500, 1 / 3), "vfnet": (500, 0.1)}
 PRINTED_WARM_UP = {"msfm_table4"}
 

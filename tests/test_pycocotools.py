@@ -1,4 +1,4 @@
-"""COCO metrics against pycocotools on the raw annotation file: one test per quirk of its rule, and random annotations."""
+"""COCO metrics against pycocotools on the raw annotation file: a test per quirk of its rules, and random data."""
 
 import contextlib
 import io

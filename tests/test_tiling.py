@@ -1,4 +1,4 @@
-"""Tiles: windows that cover an image, objects that follow into them, and files that are decoded where a tile lies only."""
+"""Tiles: windows that cover an image, their objects, and files that are decoded only where a tile lies."""
 
 from dataclasses import replace
 

@@ -51,7 +51,7 @@ def test_weights_are_loaded_without_code() -> None:
 
 
 def test_modules_that_import_by_name() -> None:
-    """A name becomes a module in the builder, for the evaluator that is asked for, for HEIF, and lazily for own names."""
+    """A name becomes a module in the builder, for the chosen evaluator, for HEIF, and lazily for own names."""
     users = {p.name if p.name != "__init__.py" else p.parent.name for p in SOURCES if "import_module" in p.read_text()}
     assert users <= {"build.py", "third_party.py", "launcher.py", "image_opening.py", "fusedet"}
 

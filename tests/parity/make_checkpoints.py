@@ -1,8 +1,8 @@
 """Write checkpoints/*.json: complete MMDetection models and their detections. Needs MMDetection 3.x only.
 
-Each file holds MMDetection's config of a model, the names and shapes of its weights (`filled.fill` gives the values), an
-image size (`filled.image`, padded to multiples of 32) and MMDetection's detections. They come from MMDetection 3.3.0 on
-MMCV's Python code, with torchvision's RoIAlign, NMS and deformable convolutions in place of MMCV's compiled ones. In
+Each file holds MMDetection's config of a model, the names and shapes of its weights (`filled.fill` gives the values),
+an image size (`filled.image`, padded to multiples of 32) and MMDetection's detections. They come from MMDetection 3.3.0
+on MMCV's Python code, with torchvision's RoIAlign, NMS and deformable convolutions in place of MMCV's compiled ones. In
 that environment the three checkpoints of the reference data agree with their recorded detections to 0.001 pixel.
 """
 

@@ -1,4 +1,4 @@
-"""Every bad dataset through the whole of `fusedet train`: an epoch, a validation and its files, or exit 2 with one sentence."""
+"""`fusedet train` on every malformed dataset: an epoch, a validation and its files, or exit 2 with one sentence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every combination of detector, neck, plug-in and interaction exports and compiles, not only those of tests/test_together.py."""
+"""Every combination of detector, neck, plug-in and interaction exports and compiles, not only test_together.py's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every combination of detector, neck, plug-in and interaction keeps the contracts, not only the pairs of test_together.py."""
+"""Every combination of detector, neck, plug-in and interaction keeps the contracts, not only test_together.py's."""
 
 from __future__ import annotations
 

@@ -80,10 +80,11 @@ LIMITS = {"coco": (20, 1024), "coco with polygons": (20, 2048), "yolo": (40, 102
 
 @pytest.mark.parametrize("form", LIMITS)
 def test_a_million_boxes(tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """100,000 images: how long they take, and how much; what four workers add is measured beside what they add to 100 images.
+    """Measure time and memory of 100,000 images; what four workers add, beside what they add to 100 images.
 
-    The memory is the process's own, without the mapped files of torch and other libraries. Forked workers, Linux's default, add at most 10 %
-    of the memory of the process that holds the annotations; for spawned ones torch moves the annotations to shared memory once.
+    The memory is the process's own, without the mapped files of torch and other libraries. Forked workers, Linux's
+    default, add at most 10 % of the memory of the process that holds the annotations; for spawned ones torch moves the
+    annotations to shared memory once.
     """
     large, small = (
         run(PROGRAM, write(tmp_path / str(n), form.split()[0], n, 10, polygons="poly" in form), WORKERS, "fork,spawn")

@@ -1,4 +1,4 @@
-"""MMDetection's published models: which convert is known and in the table of the wheel, the others are refused in a sentence."""
+"""MMDetection's published models: the table of the wheel has those that convert, the others are refused."""
 
 import gzip
 import json
@@ -18,7 +18,7 @@ AGAIN = "write the table again: python tests/zoo/write_table.py ../shared/zoo/zo
     [(160, 1), pytest.param(8, 30, marks=pytest.mark.slow), pytest.param(1, 308, marks=pytest.mark.soak)],
 )
 def test_published_models(shared: Path, monkeypatch: pytest.MonkeyPatch, step: int, least: int) -> None:
-    """Every model of the list, or each 8th or 160th: the table has exactly those that convert, as the script writes them."""
+    """Every model of the list, or each 8th or 160th: the table has exactly those that convert, as the script writes."""
     monkeypatch.syspath_prepend(Path(__file__).parent)
     script = runpy.run_path(str(Path(__file__).with_name("write_table.py")))
     shipped = [json.loads(line) for line in gzip.decompress(script["TABLE"].read_bytes()).splitlines()]
