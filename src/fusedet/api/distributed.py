@@ -26,7 +26,11 @@ _GROUPS = itertools.count()
 
 
 def select_device(name: str) -> torch.device:
-    """Return the device of that name; of several GPUs, where it names none, the one of this process's local rank."""
+    """Return the device of that name; of several GPUs, where it names none, the one of this process's local rank.
+
+    Raises:
+        InputError: This machine does not have the device.
+    """
     device = pick_device(name)
     if device.type == "cuda" and device.index is None and get_ranks()[1] > 1:
         return torch.device("cuda", get_ranks()[2] % torch.cuda.device_count())

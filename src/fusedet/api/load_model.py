@@ -127,7 +127,11 @@ def _naming_file(file: Path) -> Iterator[None]:
 
 
 def with_weights(config: Config, classes: int, file: Path) -> DetectorModule:
-    """Return the config's detector with a checkpoint's weights; the config stored in the file is ignored."""
+    """Build the config's detector with a checkpoint's weights; the config stored in the file is ignored.
+
+    Raises:
+        InputError: The file cannot be read, or its weights do not fit the config's detector of that many classes.
+    """
     with uninitialized():
         detector = build_detector(disable_pretrained(config), classes)
     checkpoint.load_into(detector, checkpoint.load_weights(file)[0], file)
@@ -147,6 +151,9 @@ def build_untrained(source: str | Path, texts: Sequence[str]) -> tuple[DetectorM
     Args:
         source: A shipped config's name or a YAML file.
         texts: "key=value" settings.
+
+    Raises:
+        InputError: There is no such config, or a setting is wrong.
     """
     config = disable_pretrained(load(source, texts))
     names = [f"class {i}" for i in range(COCO_CLASSES)]

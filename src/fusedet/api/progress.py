@@ -47,7 +47,14 @@ def progress_bar(
 
 
 def track(items: Iterable[Any], total: int, *, label: str, console: Console | None) -> Iterator[Any]:
-    """Yield the items under a progress bar, each one done when the next one is asked for."""
+    """Yield the items under a progress bar, each one done when the next one is asked for.
+
+    Args:
+        items: Any items.
+        total: Number of items.
+        label: What stands before the bar.
+        console: Where the bar is drawn, if it is a terminal; None for nowhere.
+    """
     with progress_bar(console, total, label) as advance:
         for item in items:
             yield item

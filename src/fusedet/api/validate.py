@@ -136,6 +136,9 @@ def build_val_loader(
         canvas: Height and width that images must fit; None for no limit.
         masks: Whether targets have masks.
         pin: Whether batches are in page-locked memory, from which a GPU copies without a wait.
+
+    Raises:
+        InputError: As for `build_eval_loader`.
     """
     # a batch no larger than the rank's share keeps every process busy; one image per process is the least
     batch = max(world, (config.test.batch or config.train.total_batch // config.train.accumulate) // world * world)
@@ -225,6 +228,9 @@ def compute_metrics(
 
     Returns:
         Metrics in 0..1 by name, mask_NAME of masks; lists `classes` and, if given, `size_bins`; `stamp`.
+
+    Raises:
+        InputError: The results do not fit the dataset, as in `evaluate_coco`.
     """
     options: dict[str, Any] = {"evaluator": evaluator, "size_bins": size_bins, "max_det": max_det}
     metrics = evaluation.evaluate_coco(dataset, results, **options)

@@ -95,6 +95,9 @@ def inspect_image(
 
     Returns:
         The image (3, H, W) uint8, and its values, None unless measured.
+
+    Raises:
+        InputError: As for `read_image`.
     """
     with open_image(source) as image:
         name, is_deep = name_source(source), has_deep_color(image)

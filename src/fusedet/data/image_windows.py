@@ -12,7 +12,11 @@ _BYTES = {"L": 1, "RGB": 3, "RGBA": 4, "I;16": 2, "I;16B": 2}
 
 
 def decodes_windows(source: Source, value_range: Range | None = None, *, exif: bool = True) -> bool:
-    """Return whether `read_image` decodes a window of an image without the rest, by the image's header."""
+    """Return whether `read_image` decodes a window of an image without the rest, by the image's header.
+
+    Raises:
+        InputError: The header cannot be read.
+    """
     with open_image(source) as image:
         if get_orientation(image, exif) != 1 or (value_range is not None and has_deep_color(image)):
             return False

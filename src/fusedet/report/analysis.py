@@ -91,6 +91,9 @@ def analyze_run(
         results: The detections, in COCO's result format.
         metrics: Their metrics.
         size_bins: Edges of size bins in pixels, as in `evaluate_coco`; without them COCO's small, medium and large.
+
+    Raises:
+        InputError: The results do not fit the dataset, as in `evaluate_coco`.
     """
     table = build_detection_table(dataset, results)
     weights = bootstrap.draw_image_weights(len(dataset), RESAMPLES, seed=0)

@@ -29,6 +29,9 @@ def plot_precision_recall(
         path: File to write; its suffix names the format: png, pdf or svg.
         title: Title of the plot.
         iou: IoU threshold of the curves, for the labels.
+
+    Raises:
+        InputError: The format is unknown, or the file cannot be written.
     """
     rows = sorted((row for row in pr["classes"] if not math.isnan(row["AP"])), key=lambda row: -row["AP"])
     half = MOST_CLASSES // 2
@@ -110,6 +113,9 @@ def plot_ap_by_size(metrics: Mapping[str, Any], path: str | Path, title: str = "
             such objects.
         path: File to write; its suffix names the format: png, pdf or svg.
         title: Title of the plot.
+
+    Raises:
+        InputError: The format is unknown, or the file cannot be written.
     """
     if bins := metrics.get("size_bins"):
         label, bars = "square root of the area (px)", {f"{row['from']:g}-{row['to']:g}": row["AP"] for row in bins}
@@ -153,6 +159,9 @@ def plot_differences(
         path: File to write; its suffix names the format: png, pdf or svg.
         title: Title of the plot.
         mean: A row of the same keys, drawn dark above the others.
+
+    Raises:
+        InputError: The format is unknown, or the file cannot be written.
     """
     known = sorted((row for row in rows if not math.isnan(row["difference"])), key=lambda row: -row["difference"])
     half = MOST_ROWS // 2

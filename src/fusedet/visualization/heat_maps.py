@@ -75,6 +75,9 @@ def draw_maps(
         unit: Unit of the values.
         top: End of a linear color scale; None for the highest value, with colors by the square root, so that a tenth
             of it remains visible.
+
+    Raises:
+        InputError: The format is unknown, or the file cannot be written.
     """
     peak = max((float(x.max()) for panel in panels for row in panel.rows.values() for x in row.values()), default=0.0)
     scale = PowerNorm(0.5, 0, peak or 1.0) if top is None else Normalize(0, top)
@@ -128,6 +131,14 @@ def draw_level_weights(panels: Sequence[WeightPanel], path: str | Path, title: s
     """Draw how much each target takes of each level: a group of bars per target.
 
     Thin lines are the spread over the channels. The dashed line is 1 / L, the weight of a level in a plain mean.
+
+    Args:
+        panels: SMSL's weights, one panel each.
+        path: File to write; its suffix names the format: png, pdf or svg.
+        title: Title of the plot.
+
+    Raises:
+        InputError: The format is unknown, or the file cannot be written.
     """
     widest = max(panel.mean.size for panel in panels)
     figure = new_figure(1.6 + 0.19 * widest, 0.7 + 2.3 * len(panels), title)

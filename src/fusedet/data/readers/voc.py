@@ -110,7 +110,11 @@ def read_voc(
 
 
 def list_voc_splits(root: str | Path) -> dict[str, str]:
-    """Return the splits of a VOC folder and the list files or the first folder of each."""
+    """Return the splits of a VOC folder and the list files or the first folder of each.
+
+    Raises:
+        InputError: An annotation file cannot be read.
+    """
     folder = DataFolder(root)
     if lists := _list_splits_of_lists(folder.root):
         return {name: ", ".join(map(str, files)) for name, files in lists.items()}

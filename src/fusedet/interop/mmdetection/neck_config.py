@@ -12,7 +12,11 @@ _MAX_BLOCKS = 100
 
 
 def convert_dyhead(reader: ConfigReader) -> Tree:
-    """Convert a DyHead, which refines the pyramid of the neck before it."""
+    """Convert a DyHead, which refines the pyramid of the neck before it.
+
+    Raises:
+        InputError: An option of the module is not supported.
+    """
     width = reader.get_int("in_channels", 256)
     reader.require_value("out_channels", width)
     reader.get("zero_init_offset")  # matters before the first step only
