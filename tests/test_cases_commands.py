@@ -429,7 +429,10 @@ def test_page_of_a_dataset(tmp_path: Path, capsys: Capture) -> None:
         assert words in joined, words
     assert "<b>dog" not in text, "names are escaped"
     assert len(parsed.images) >= 2 * (8 + 4) + 2, "eight objects of train, four of val, two suspects"
-    assert all(link.startswith("data:image/jpeg;base64,") for link in parsed.links), "the page loads nothing"
+    assert all(link.startswith(("data:image/jpeg;base64,", "data:,")) for link in parsed.links), (
+        "the page loads nothing"
+    )
+    assert '<meta name="viewport"' in text, "the frame is that of all pages"
     assert cli.run(["doctor", f"data={root}", "--report", str(page)]) == 2
     assert "nothing is overwritten" in capsys.readouterr().err
     assert cli.run(["doctor", f"data={root}", "--report", str(tmp_path / "page.pdf")]) == 2

@@ -104,6 +104,7 @@ def check_dataset(
 
     Raises:
         InputError: `data` is not given or is no dataset, or `report` exists or does not end in .html.
+        StorageError: `report` cannot be written.
     """
     texts = refuse_other_keys(to_overrides(overrides, settings), *SETTABLE, of="this command")
     options = resolve_config(config, texts)
@@ -144,8 +145,15 @@ def check_dataset(
     result = DatasetCheck(reports, between, splits)
     if report is not None:
         Path(report).parent.mkdir(parents=True, exist_ok=True)
-        title, summary = f"Dataset {options.data.path}", result.summarize()
-        write_page(Path(report), title, reports=reports, between=between, splits=splits, summary=summary)
+        write_page(
+            Path(report),
+            f"Dataset {options.data.path}",
+            ok=result.ok,
+            reports=reports,
+            between=between,
+            splits=splits,
+            summary=result.summarize(),
+        )
     return result
 
 

@@ -1,6 +1,5 @@
 """A page about a checked dataset: histograms of classes and sizes, extreme objects and suspects with thumbnails."""
 
-import base64
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
@@ -20,22 +19,28 @@ from fusedet.data.validation import DatasetReport
 from fusedet.errors import InputError, plural
 from fusedet.visualization.annotators import BoxAnnotation, LineStyle, draw_annotations, to_pil_image
 from fusedet.visualization.colors import class_color
+from fusedet.visualization.page import make_jpeg_uri, make_page, make_section
 
 _SHOWN = 8  # objects or images of a row
 _SIDE = 200  # pixels of a thumbnail's longer side
 _EDGES = (0, 4, 8, 16, 32, 64, 96, 128, 256, 512, 1024, np.inf)  # pixels: the square root of an object's area
 _SUSPECT = (214, 40, 40)
 _STYLE = """
-body { margin: 0 auto; max-width: 72rem; padding: 2rem 1.25rem; font: 15px/1.5 system-ui, sans-serif; color: #1d1d1f }
-h1 { font-size: 1.6rem; margin: 0 } h2 { font-size: 1.25rem; margin: 2.5rem 0 .25rem; border-top: 1px solid #d9dbe0;
-padding-top: 1rem } h3 { font-size: 1rem; margin: 1.25rem 0 .25rem } .faint { color: #61646b }
-.error { color: #b3261e; font-weight: 600 } .warning { color: #8a5a00; font-weight: 600 }
-table { border-collapse: collapse } td { padding: .1rem .6rem .1rem 0; vertical-align: middle; overflow-wrap: anywhere }
-td.number { text-align: right; font-variant-numeric: tabular-nums } td.bar { width: 24rem }
-.bar div { background: #4269d0; height: .9rem; min-width: 1px } .row { display: flex; flex-wrap: wrap; gap: .75rem }
-.charts { display: flex; flex-wrap: wrap; gap: 0 3rem } figure { margin: 0; width: 200px } img { max-width: 100% }
-figcaption { font-size: .75rem; color: #61646b; overflow-wrap: anywhere }
-li { margin: .2rem 0; overflow-wrap: anywhere }
+:root { --error: #b3261e; --warning: #8a5a00; --bar: #4269d0; }
+@media (prefers-color-scheme: dark) { :root { --error: #ff8a80; --warning: #e8b34a; --bar: #7c9bee; } }
+h2 { border-top: 1px solid var(--line); padding-top: 1rem; }
+h3 { font-size: 1rem; margin: 1.25rem 0 .25rem; }
+li, figcaption, .bars td:first-child { overflow-wrap: anywhere; }
+.error { color: var(--error); font-weight: 600; }
+.warning { color: var(--warning); font-weight: 600; }
+.bars td { padding: .1rem .6rem .1rem 0; border: 0; }
+.bars .bar { width: 24rem; }
+.bar div { background: var(--bar); height: .9rem; min-width: 1px; }
+.charts { display: flex; flex-wrap: wrap; gap: 0 3rem; }
+.row { display: flex; flex-wrap: wrap; gap: .75rem; }
+.row figure { margin: 0; width: 200px; }
+img { max-width: 100%; }
+figcaption { font-size: .75rem; color: var(--faint); }
 """
 
 
@@ -43,6 +48,7 @@ def write_page(
     file: Path,
     title: str,
     *,
+    ok: bool,
     reports: Mapping[str, DatasetReport],
     between: Sequence[Finding],
     splits: Mapping[str, DetectionDataset],
@@ -53,6 +59,7 @@ def write_page(
     Args:
         file: The file.
         title: Its title.
+        ok: Whether nothing would stop a training.
         reports: The report of each split.
         between: What concerns several splits.
         splits: The splits that could be read.
@@ -61,24 +68,23 @@ def write_page(
     Raises:
         StorageError: The file cannot be written.
     """
-    ok = not any(finding.severity == "error" for finding in summary)
     verdict = "This data can be trained on." if ok else "This data would stop a training."
     parts = [f"<h1>{escape(title)}</h1><p class='{'faint' if ok else 'error'}'>{verdict}</p>"]
     if summary:
         parts.append(f"<h3>Summary, the worst first</h3><ol>{''.join(map(_item, summary))}</ol>")
     for split, report in reports.items():
-        parts.append(f"<h2>{escape(split)}</h2>")
-        if dataset := splits.get(split):
-            parts += _describe_split(dataset)
+        dataset = splits.get(split)
+        content = _describe_split(dataset) if dataset else []
         if report.findings:
-            parts.append(f"<h3>Findings</h3><ul>{''.join(map(_item, report.findings[:100]))}</ul>")
-            parts += _row("Examples of the findings", _example_images(report.findings, dataset))
+            content.append(f"<h3>Findings</h3><ul>{''.join(map(_item, report.findings[:100]))}</ul>")
+            content += _row("Examples of the findings", _example_images(report.findings, dataset))
+        parts.append(make_section(split, "".join(content)))
     if between:
-        parts.append(f"<h2>Between the splits</h2><ul>{''.join(map(_item, between))}</ul>")
+        content = [f"<ul>{''.join(map(_item, between))}</ul>"]
         for dataset in splits.values():
-            parts += _row("Examples", _example_images(between, dataset))
-    page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(title)}</title><style>{_STYLE}</style>"
-    write_atomically(file, (page + "".join(parts) + "</html>\n").encode("utf-8", "replace"))
+            content += _row("Examples", _example_images(between, dataset))
+        parts.append(make_section("Between the splits", "".join(content)))
+    write_atomically(file, make_page(title, parts, _STYLE).encode("utf-8", "replace"))
 
 
 def _item(finding: Finding) -> str:
@@ -128,11 +134,11 @@ def _bars(title: str, rows: Sequence[tuple[str, int]]) -> str:
     """Format a histogram as a table with bars."""
     most = max((count for _, count in rows), default=0) or 1
     lines = (
-        f"<tr><td>{escape(name)}</td><td class=number>{count:,}</td>"
+        f"<tr><td>{escape(name)}</td><td>{count:,}</td>"
         f"<td class=bar>{f'<div style=width:{100 * count / most:.1f}%></div>' if count else ''}</td></tr>"
         for name, count in rows
     )
-    return f"<div><h3>{escape(title)}</h3><table>{''.join(lines)}</table></div>"
+    return f"<div><h3>{escape(title)}</h3><table class=bars>{''.join(lines)}</table></div>"
 
 
 def _row(title: str, cells: Iterable[str]) -> list[str]:
@@ -202,6 +208,5 @@ def _image_figure(dataset: DetectionDataset, i: int, caption: str) -> str:
 def _figure(image: Image.Image, caption: str) -> str:
     content = io.BytesIO()
     image.convert("RGB").save(content, "JPEG", quality=85)
-    data = base64.b64encode(content.getvalue()).decode()
-    text = escape(caption)
-    return f"<figure><img alt='' src='data:image/jpeg;base64,{data}'><figcaption>{text}</figcaption></figure>"
+    uri, text = make_jpeg_uri(content.getvalue()), escape(caption)
+    return f"<figure><img alt='' src='{uri}'><figcaption>{text}</figcaption></figure>"

@@ -1,6 +1,5 @@
 """Thumbnails of errors and true positives, bounded in number, in bytes and in pixels that are decoded."""
 
-import base64
 import io
 import math
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from fusedet.evaluation.image_matching import ImageMatches
 from fusedet.evaluation.score_thresholds import find_score_bins
 from fusedet.report.counts import CORRECT, FALSE, KINDS, MISPLACED, MISSED, WRONG
 from fusedet.visualization.annotators import to_pil_image
+from fusedet.visualization.page import make_jpeg_uri
 
 PER_KIND = 20
 """Thumbnails of each kind that are chosen class by class, and as many that are spread over the scores."""
@@ -89,7 +89,7 @@ class Thumbnail:
     @property
     def uri(self) -> str:
         """The JPEG file as a data URI."""
-        return "data:image/jpeg;base64," + base64.b64encode(self.data).decode()
+        return make_jpeg_uri(self.data)
 
 
 def choose_items(dataset: DetectionDataset, pairs: ImageMatches, kinds: np.ndarray) -> list[GalleryItem]:

@@ -1,5 +1,6 @@
 """The frame of a self-contained HTML page: one style, light or dark, and nothing that is loaded."""
 
+import base64
 from collections.abc import Iterable
 from html import escape
 from importlib.resources import files
@@ -34,6 +35,11 @@ def make_plain_table(rows: Iterable[tuple[str, str]]) -> str:
     """Return a table of two columns of text."""
     lines = "".join(f"<tr><td>{escape(name)}</td><td>{escape(text)}</td></tr>\n" for name, text in rows)
     return f'<div class="scroll"><table class="plain"><tbody>\n{lines}</tbody></table></div>'
+
+
+def make_jpeg_uri(content: bytes) -> str:
+    """Return a JPEG file as a data URI, so that the page holds the image."""
+    return "data:image/jpeg;base64," + base64.b64encode(content).decode()
 
 
 def make_faint(text: str) -> str:
