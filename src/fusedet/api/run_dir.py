@@ -134,7 +134,7 @@ def describe_environment(device: str, world: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {name: version(name) for name in packages},
-        "device": describe_device(torch.device(device)),
+        "device": describe_device(device),
         "processes": world,
     }
 

@@ -74,9 +74,9 @@ def read_peak_memory() -> float | None:
     return int(peak[1]) / 1024 if peak else None
 
 
-def describe_device(device: torch.device) -> str:
-    """Return the name of a GPU; of another device its type, and the cores and threads."""
-    if device.type == "cuda":
+def describe_device(device: str | torch.device) -> str:
+    """Return the name of a GPU that this machine has; of another device its type, and the cores and threads."""
+    if str(device).startswith("cuda") and torch.cuda.is_available():
         return torch.cuda.get_device_name(device)
     return f"{device}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
