@@ -297,7 +297,8 @@ def killed_at_random(
         assert not different, f"seed {seed}, chain {chain}, killed while {doing}: {different[:5]}"
         if done == kills:
             print(
-                f"seed {seed}, {processes} processes: killed while {', '.join(doing)}; the same in {chain + 1} trainings"
+                f"seed {seed}, {processes} processes: killed while {', '.join(doing)}; the same in {chain + 1} "
+                "trainings"
             )
             return doing
         chain += 1

@@ -167,19 +167,19 @@ def test_a_killed_prediction_resumes_to_the_same_result(
 ) -> None:
     size = f"test.batch={batch}"
     assert predict(model, changed_folder, f"out={tmp_path / 'uninterrupted'}", size) == 0
-    out, seen, together = tmp_path / "stopped", [], Predictor.together
+    out, seen, predict_batch = tmp_path / "stopped", [], Predictor.predict_batch
 
     def dies(self: Predictor, group: Any, batch: Any = None) -> Any:
         seen.extend(path for _, path in group)
         if len(seen) > 7:
             os._exit(9)
-        return together(self, group, batch)
+        return predict_batch(self, group, batch)
 
     words = [changed_folder, f"out={out}", size, "--resume"]
     if not (child := os.fork()):
         try:
             torch.set_num_threads(1)  # OpenMP's threads do not survive a fork: a parallel region would wait for them
-            monkeypatch.setattr(Predictor, "together", dies)
+            monkeypatch.setattr(Predictor, "predict_batch", dies)
             predict(model, *words)
         finally:
             os._exit(1)  # else an exception would return the child to pytest, as a second worker
@@ -192,8 +192,8 @@ def test_a_killed_prediction_resumes_to_the_same_result(
     file.write_bytes(content[:-5])  # a torn last line
     monkeypatch.setattr(
         Predictor,
-        "together",
-        lambda self, group, batch: (seen.extend(path for _, path in group), together(self, group, batch))[1],
+        "predict_batch",
+        lambda self, group, batch: (seen.extend(path for _, path in group), predict_batch(self, group, batch))[1],
     )
     assert predict(model, *words[:-1]) == 2
     assert "exists and is not empty" in capsys.readouterr().err

@@ -216,7 +216,8 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
 
 PARTS = (
     "backbone=dict(type='ResNet', depth=18), "
-    "neck=dict(type='FPN', in_channels=[64, 128, 256, 512], out_channels=64, start_level=1, add_extra_convs='on_input', num_outs=5)"
+    "neck=dict(type='FPN', in_channels=[64, 128, 256, 512], out_channels=64, start_level=1, "
+    "add_extra_convs='on_input', num_outs=5)"
 )
 RETINA = f"model = dict(type='RetinaNet', {PARTS}, bbox_head=dict(type='RetinaHead', num_classes=5))\n"
 

@@ -96,7 +96,8 @@ def test_a_million_boxes(tmp_path: Path, form: str, capsys: pytest.CaptureFixtur
         print(
             f"\n{form}: {large['images']} images, {large['boxes']} boxes in {large['cpu_s']:.1f} s of one core "
             f"({large['wall_s']:.1f} s by the clock), {large['peak'] / MIB:.0f} MiB at the most, "
-            f"{(large['peak'] - large['empty']) / MIB:.0f} of them for reading and {large['libraries'] / MIB:.0f} mapped libraries; "
+            f"{(large['peak'] - large['empty']) / MIB:.0f} of them for reading and {large['libraries'] / MIB:.0f} "
+            "mapped libraries; "
             f"held {large['dataset'] / MIB:.0f} MiB; {WORKERS} workers: {more} to {large['alone'] / MIB:.0f}"
         )
     assert (large["images"], large["boxes"]) == (100_000, 1_000_000)

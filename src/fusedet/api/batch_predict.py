@@ -200,7 +200,7 @@ def _append(
         decoded = prefetch(decode, missing, options.workers)
         while batch := list(islice(decoded, options.batch)):
             readable = [(pixels, image.path) for image, pixels in batch if not isinstance(pixels, InputError)]
-            predictions = predictor.together(readable, options.batch)
+            predictions = predictor.predict_batch(readable, options.batch)
             try:
                 for image, pixels in batch:
                     prediction = pixels if isinstance(pixels, InputError) else next(predictions)
@@ -248,7 +248,7 @@ def _missing(
 
 def _decode(image: _Image, predictor: Predictor) -> tuple[_Image, Tensor | LargeImage | InputError]:
     try:
-        return image, predictor.open(image.path)
+        return image, predictor.open_image(image.path)
     except InputError as error:
         return image, error
 

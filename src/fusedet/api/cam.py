@@ -162,7 +162,7 @@ def _job(runs: Mapping[str, Predictor], path: Path, name: str | None, score: flo
     Returns:
         The job, or why no map can be drawn: nothing is detected, and no class is given.
     """
-    image = next(iter(runs.values())).decode(path)
+    image = next(iter(runs.values())).decode_image(path)
     detections: dict[str, Prediction] = {}
     for source, predictor in runs.items():
         own = predictor.predict(image)
@@ -197,7 +197,7 @@ def compute_maps(predictor: Predictor, image: Tensor, class_name: str, best_only
         class_name: One of the run's classes.
         best_only: As for `cam`.
     """
-    batch = replace(predictor.seen([image]), views=())
+    batch = replace(predictor.preprocess([image]), views=())
     label = predictor.names.index(class_name)
     assert not isinstance(predictor.detector, ExportedDetector)
     maps = compute_activation_maps(predictor.detector, batch.to(predictor.device), label, best_only)

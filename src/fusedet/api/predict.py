@@ -51,6 +51,9 @@ class Predictor:
         names: (K,) class names of the training data.
         category_ids: (K,) category ids of the training data.
         config: The config of the run, with the settings of `load`.
+        detector: The detector, or the exported model.
+        source: The file of the weights or of the exported model.
+        views: The resizing of an image, and those of test-time augmentation.
 
     Raises:
         InputError: `test.tiles.size` is below the largest stride of the detector.
@@ -148,31 +151,31 @@ class Predictor:
     ) -> Iterator[tuple[Frame, Prediction]]:
         part = Part.parse(every, start, end)
         with Video(source) as video:
-            yield from predict_frames(video, self.together, part, batch, track)
+            yield from predict_frames(video, self.predict_batch, part, batch, track)
 
     def _stream_images(self, sources: Iterable[Any], batch: int) -> Iterator[Prediction]:
         group: list[tuple[Tensor | LargeImage, Path | None]] = []
         for source in sources:
             try:
-                group.append((self.open(source), Path(source) if isinstance(source, (str, Path)) else None))
+                group.append((self.open_image(source), Path(source) if isinstance(source, (str, Path)) else None))
             except InputError:
-                yield from self.together(group, batch)  # the earlier images are not lost
+                yield from self.predict_batch(group, batch)  # the earlier images are not lost
                 raise
             if len(group) == batch:
-                yield from self.together(group, batch)
+                yield from self.predict_batch(group, batch)
                 group = []
-        yield from self.together(group, batch)
+        yield from self.predict_batch(group, batch)
 
-    def open(self, source: Any) -> Tensor | LargeImage:
-        """Decode an image as `decode` does; with `test.tiles`, a file too large for memory is read tile by tile."""
+    def open_image(self, source: Any) -> Tensor | LargeImage:
+        """Decode an image; with `test.tiles`, a file too large for memory is read tile by tile."""
         is_path = isinstance(source, (str, os.PathLike))
         if is_path and self.config.test.tiles.size is not None:
             data = self.config.data
             if (large := open_large_image(Path(source), data.channels, data.range)) is not None:
                 return large
-        return self.decode(source)
+        return self.decode_image(source)
 
-    def decode(self, source: Any) -> Tensor:
+    def decode_image(self, source: Any) -> Tensor:
         """Decode an image as `predict` takes it to uint8 (C, H, W).
 
         Raises:
@@ -192,12 +195,12 @@ class Predictor:
             )
         return image
 
-    def seen(self, images: Sequence[Tensor | LargeImage]) -> Batch:
+    def preprocess(self, images: Sequence[Tensor | LargeImage]) -> Batch:
         """Return images (C, H, W) uint8 preprocessed for the network, in all TTA views."""
         return collate_views([make_samples(image, _empty(image), self.views) for image in images], self.views[1:])
 
-    def tiled(self, images: Iterable[Tensor | LargeImage], batch: int) -> Iterator[Batch]:
-        """Yield the windows of images that `test.tiles` asks for, preprocessed as by `seen`, in batches."""
+    def iterate_tiles(self, images: Iterable[Tensor | LargeImage], batch: int) -> Iterator[Batch]:
+        """Cut images into the tiles of `test.tiles` and yield these in batches, preprocessed as by `preprocess`."""
         windows = (
             (image, window, is_last)
             for image in images
@@ -205,11 +208,11 @@ class Predictor:
             for window, is_last in zip(own.tolist(), [False] * (len(own) - 1) + [True])
         )
         while group := list(islice(windows, batch)):
-            seen = self.seen([crop_image(image, tuple(window)) for image, window, _ in group])
+            tiles = self.preprocess([crop_image(image, tuple(window)) for image, window, _ in group])
             corners = torch.tensor([[*window[:2], *image.shape[1:]] for image, window, _ in group])
-            yield replace(seen, windows=corners, is_last=tuple(is_last for *_, is_last in group))
+            yield replace(tiles, windows=corners, is_last=tuple(is_last for *_, is_last in group))
 
-    def together(
+    def predict_batch(
         self, group: Sequence[tuple[Tensor | LargeImage, Path | None]], batch: int | None = None
     ) -> Iterator[Prediction]:
         """Yield the predictions of images (3, H, W) uint8, given with their paths, computed in one batch.
@@ -219,7 +222,7 @@ class Predictor:
         if not group:
             return
         images, tiles = [image for image, _ in group], self.config.test.tiles
-        batches = [self.seen(images)] if tiles.size is None else self.tiled(images, batch or len(images))
+        batches = [self.preprocess(images)] if tiles.size is None else self.iterate_tiles(images, batch or len(images))
         detected = detect_images(self.detector, batches, self.device, tiles.ios)
         for (_, detections), (image, path) in zip(detected, group):
             yield Prediction(

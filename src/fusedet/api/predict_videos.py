@@ -137,7 +137,7 @@ def _predict_video(
         advance = stack.enter_context(progress_bar(console, video.count(part), f"{name}, frames"))
         on_sound = writer.add_sound if writer else None
         for frame, prediction in predict_frames(
-            video, predictor.together, part, options.batch, options.track, on_sound
+            video, predictor.predict_batch, part, options.batch, options.track, on_sound
         ):
             record: Info = {"frame": frame.index, "time": round(float(frame.time), 6), "file_name": source}
             record |= describe_prediction(prediction, frame.index, exports.score)

@@ -47,7 +47,7 @@ class ServedModel:
         Raises:
             InputError: They are no image, or one of too many pixels.
         """
-        return self.predictor.decode(content)
+        return self.predictor.decode_image(content)
 
     def detect(self, content: bytes, tiles: PredictionTiles) -> tuple[Prediction, dict[str, float]]:
         """Detect instances in the bytes of an image file.
@@ -60,7 +60,7 @@ class ServedModel:
         """
         predictor = with_tiles(self.predictor, tiles)
         start = time.perf_counter()
-        image = predictor.decode(content)
+        image = predictor.decode_image(content)
         decoded = time.perf_counter()
         count = len(list_windows(image.shape[1], image.shape[2], tiles))
         if count > MAX_TILES:
@@ -68,7 +68,7 @@ class ServedModel:
                 f"tiles of {tiles.size} pixels make {count} windows of this image, more than {MAX_TILES}: take larger "
                 "tiles"
             )
-        (prediction,) = predictor.together([(image, None)], predictor.config.test.batch or 1)
+        (prediction,) = predictor.predict_batch([(image, None)], predictor.config.test.batch or 1)
         return prediction, {"decode": decoded - start, "detect": time.perf_counter() - decoded}
 
 
