@@ -97,8 +97,8 @@ def measure(model: str, overrides: list[str], size: list[int] | None) -> list[li
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         try:
-            words = ["test.score=0.005", *overrides, f"out={out}"]
-            report = fusedet.export(model, *words, formats=list(FORMATS), size=size).report
+            arguments = ["test.score=0.005", *overrides, f"out={out}"]
+            report = fusedet.export(model, *arguments, formats=list(FORMATS), size=size).report
         except InputError as error:
             return [["all", "no", str(error), "", "", ""]]
         return [[name, "yes", *describe(row)] for name, row in report["formats"].items()]

@@ -66,10 +66,12 @@ def write_model(folder: Path) -> Path:
 def measure(model: Path, image: Path, tile: int) -> dict[str, float]:
     """Predict an image in a process of its own; return seconds and peak memory in GiB."""
     out = tempfile.mkdtemp(dir=image.parent)
-    words = [str(model), str(image), f"out={out}", f"test.tiles.size={tile}", "test.batch=2", "data.workers=1"]
+    arguments = [str(model), str(image), f"out={out}", f"test.tiles.size={tile}", "test.batch=2", "data.workers=1"]
     environment = os.environ | {"FUSEDET_MAX_PIXELS": str(10**9)}
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", CHILD, *words], capture_output=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", CHILD, *arguments], capture_output=True, env=environment
+    )
     if done.returncode:
         raise RuntimeError(done.stderr.decode()[-2000:])
     peak = next(line.split() for line in done.stdout.decode().splitlines() if "VmHWM" in line)

@@ -73,9 +73,9 @@ def measure_records(folder: Path) -> dict[str, float]:
     return {"seconds": round(seconds, 2), "held_MiB": round(held, 1), "peak_MiB": round(read_peak_memory() - before, 1)}
 
 
-def alone(*words: object) -> dict[str, Any]:
+def alone(*arguments: object) -> dict[str, Any]:
     """Run this script in a separate process and return its last line, which is JSON."""
-    command = [sys.executable, __file__, *map(str, words)]
+    command = [sys.executable, __file__, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -92,7 +92,7 @@ def measure_prediction(top: Path, images: int, processes: int) -> dict[str, floa
     """Measure the wall seconds of `fusedet predict` of a list, and the peak memory of the first process."""
     listed = top / f"{images}.txt"
     listed.write_text("\n".join(str(top / "one.png") for _ in range(images)))
-    words = [
+    arguments = [
         "predict",
         str(top / "model.safetensors"),
         f"@{listed}",
@@ -103,7 +103,7 @@ def measure_prediction(top: Path, images: int, processes: int) -> dict[str, floa
     began, running = time.perf_counter(), []
     for rank in range(processes):
         own = {"RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-        command = [sys.executable, __file__, "--predict", *words, "device=cpu"]
+        command = [sys.executable, __file__, "--predict", *arguments, "device=cpu"]
         running.append(subprocess.Popen(command, env=env | own, stdout=subprocess.PIPE, text=True))
     outputs = [json.loads(one.communicate()[0].strip().splitlines()[-1]) for one in running]
     return {
@@ -113,12 +113,12 @@ def measure_prediction(top: Path, images: int, processes: int) -> dict[str, floa
     }
 
 
-def predict(words: list[str]) -> None:
+def predict(arguments: list[str]) -> None:
     """Run `fusedet predict` in this process; print its seconds without imports and the peak memory."""
     from fusedet import cli
 
     began = time.perf_counter()
-    assert cli.run(words) == 0
+    assert cli.run(arguments) == 0
     print(json.dumps({"seconds": round(time.perf_counter() - began, 2), "peak_MiB": round(read_peak_memory(), 1)}))
 
 

@@ -285,10 +285,10 @@ VALUES = st.sampled_from(
 )
 
 
-def check_overrides(pairs: list[tuple[str, str]], words: list[str]) -> None:
+def check_overrides(pairs: list[tuple[str, str]], texts: list[str]) -> None:
     """A command line with any options."""
     with suppress(InputError):
-        configs.load("retinanet_tiny", [*(f"{key}={value}" for key, value in pairs), *words])
+        configs.load("retinanet_tiny", [*(f"{key}={value}" for key, value in pairs), *texts])
 
 
 def check_config(seed: int, count: int) -> None:

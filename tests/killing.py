@@ -35,13 +35,15 @@ class Training:
     """
 
     def __init__(
-        self, words: Sequence[object], log: Path, processes: int = 1, fault: tuple[str, int, int] | None = None
+        self, arguments: Sequence[object], log: Path, processes: int = 1, fault: tuple[str, int, int] | None = None
     ) -> None:
         self.log = log
         log.with_suffix(".doing").unlink(missing_ok=True)
         self.processes = []
         for own in make_ranks(processes) if processes > 1 else [{}]:
-            process = SERVER.Process(target=_work, args=([str(word) for word in words], own, str(log), fault))
+            process = SERVER.Process(
+                target=_work, args=([str(argument) for argument in arguments], own, str(log), fault)
+            )
             process.start()
             self.processes.append(process)
 
@@ -88,7 +90,7 @@ class Training:
         return [process.exitcode for process in self.processes]
 
 
-def _work(words: list[str], env: dict[str, str], log: str, fault: tuple[str, int, int] | None) -> None:
+def _work(arguments: list[str], env: dict[str, str], log: str, fault: tuple[str, int, int] | None) -> None:
     os.environ.update(env)
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
@@ -103,7 +105,7 @@ def _work(words: list[str], env: dict[str, str], log: str, fault: tuple[str, int
     if fault:
         place, number, kind = fault
         PLACES[place](_at(number, kind))
-    code = cli.run(words)
+    code = cli.run(arguments)
     os._exit(code)  # what a launcher sees; without Python's slow shutdown
 
 
@@ -266,7 +268,7 @@ def _different(a: Any, b: Any, where: str) -> list[str]:
 
 
 def killed_at_random(
-    words: Sequence[object], whole: Path, out: Path, kills: int, seed: int, processes: int = 1
+    arguments: Sequence[object], whole: Path, out: Path, kills: int, seed: int, processes: int = 1
 ) -> list[str]:
     """Kill a training and its resumptions `kills` times, let it end, and compare it with the run in `whole`.
 
@@ -283,7 +285,7 @@ def killed_at_random(
         run = out / str(chain)
         log = out / f"{chain}.log"
         resume = ["--resume"] if (run / "config.yaml").exists() else []
-        training = Training([*words, f"out={run}", *resume], log, processes)
+        training = Training([*arguments, f"out={run}", *resume], log, processes)
         early, share = draw.random() < 0.2, draw.random()
         moment = None
         if done < kills:
@@ -304,13 +306,13 @@ def killed_at_random(
         chain += 1
 
 
-def undisturbed(words: Sequence[object], out: Path, processes: int = 1) -> Path:
+def undisturbed(arguments: Sequence[object], out: Path, processes: int = 1) -> Path:
     """Train without a kill; return the directory, with the times of the start and of the rest in `seconds`."""
     first = SERVER.Process(target=int)  # the server's imports are not a training's time
     first.start()
     first.join()
     began = time.monotonic()
-    training = Training([*words, f"out={out}"], out.with_suffix(".log"), processes)
+    training = Training([*arguments, f"out={out}"], out.with_suffix(".log"), processes)
     training.steps()
     stepped = time.monotonic()
     training.wait()

@@ -72,7 +72,7 @@ from fusedet import cli
 from fusedet.models.detectors import OneStage
 from resident import pss
 
-method, every, words = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
+method, every, arguments = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
 taken, calls, images = [], 0, 0
 original = getattr(OneStage, method)
 
@@ -84,7 +84,7 @@ def watched(self, batch, *rest, **named):
     return original(self, batch, *rest, **named)
 
 setattr(OneStage, method, watched)
-assert cli.run(words) == 0
+assert cli.run(arguments) == 0
 print(json.dumps(taken))
 """
 
@@ -104,10 +104,10 @@ def run(program: str | Path, *arguments: Any, timeout: float = 3600) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def of_command(method: str, every: int, words: Sequence[object]) -> np.ndarray:
+def of_command(method: str, every: int, arguments: Sequence[object]) -> np.ndarray:
     """Run a `fusedet` command and sample its memory every so many calls of a detector's method.
 
     Returns:
         (samples, 3): calls so far, images so far, bytes.
     """
-    return np.array(run(COMMAND, method, every, json.dumps([str(word) for word in words])))
+    return np.array(run(COMMAND, method, every, json.dumps([str(argument) for argument in arguments])))

@@ -158,17 +158,17 @@ sys.exit(cli.run(sys.argv[1:]))
 def test_killed_run_is_resumed_to_the_same_table(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("base: retinanet_tiny\nrows:\n  - {label: FPN*+BFP, overrides: ['model.neck=[fpn,bfp]']}\n")
-    words = ["ablate", str(file), f"data={scenes}", "--seeds", "1", "--resamples", "60", *SMALL, "train.epochs=2"]
+    arguments = ["ablate", str(file), f"data={scenes}", "--seeds", "1", "--resamples", "60", *SMALL, "train.epochs=2"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     killed = subprocess.run(
-        [sys.executable, "-c", KILLED, *words, f"out={tmp_path / 'a'}"], env=env, capture_output=True, timeout=300
+        [sys.executable, "-c", KILLED, *arguments, f"out={tmp_path / 'a'}"], env=env, capture_output=True, timeout=300
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
     assert not (tmp_path / "a" / "table.json").exists()
     assert not (tmp_path / "a" / "fpn_bfp" / "seed0" / "metrics.json").exists()
     monkeypatch.setattr(summary, "measure_prediction", lambda *args: {})
     for name in ("a", "b"):
-        assert cli.run([*words, f"out={tmp_path / name}"]) == 0
+        assert cli.run([*arguments, f"out={tmp_path / name}"]) == 0
     a, b = (load(tmp_path / name) for name in ("a", "b"))
     times = [json.loads((tmp_path / name / "fpn_bfp" / "seed0" / "time.json").read_text()) for name in ("a", "b")]
     assert [time["resumed"] for time in times] == [True, False]
@@ -398,8 +398,8 @@ def test_dry_run_without_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_dry_run_with_data_estimates_the_time(
     scenes: Path, table: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    words = ["ablate", str(table), f"data={scenes}", f"out={tmp_path / 'x'}", "--dry-run", *SMALL]
-    assert cli.run([*words, "--json"]) == 0
+    arguments = ["ablate", str(table), f"data={scenes}", f"out={tmp_path / 'x'}", "--dry-run", *SMALL]
+    assert cli.run([*arguments, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     plain, same, other, cited = report["rows"]
     assert (plain["left"], same["left"], other["left"], cited["left"]) == (3, 0, 3, None)
@@ -517,8 +517,8 @@ def test_page_is_self_contained(done: Path) -> None:
 # -- wrong input: one sentence before anything runs
 
 
-def read_error(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    assert cli.run(["ablate", *words]) == 2
+def read_error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert cli.run(["ablate", *arguments]) == 2
     text = capsys.readouterr().err
     assert text.startswith("error: ")
     assert text.count("\n") == 1
@@ -553,12 +553,12 @@ def test_wrong_input(
 def test_slurm_is_not_installed(
     scenes: Path, table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
-    words = [str(table), f"data={scenes}", f"out={tmp_path / 'out'}", "--launcher", "slurm", *SMALL]
+    arguments = [str(table), f"data={scenes}", f"out={tmp_path / 'out'}", "--launcher", "slurm", *SMALL]
     monkeypatch.setattr(launcher, "find_spec", lambda name: None)
-    assert "pip install 'fusedet[slurm]'" in read_error(capsys, *words)
+    assert "pip install 'fusedet[slurm]'" in read_error(capsys, *arguments)
     monkeypatch.setattr(launcher, "find_spec", lambda name: True)
     monkeypatch.setattr(launcher, "which", lambda name: None)
-    assert "this machine has no srun" in read_error(capsys, *words)
+    assert "this machine has no srun" in read_error(capsys, *arguments)
 
 
 def test_row_that_cannot_be_built(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

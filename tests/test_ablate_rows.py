@@ -234,8 +234,8 @@ def test_row_with_another_test_section_is_not_trained(
         report_data
     )
     # The metrics are those of `fusedet val` with the same options.
-    words = ["val", str(source), "test.flip=true", "test.scales=[64,80]", f"out={tmp_path / 'again'}"]
-    assert cli.run(words) == 0
+    arguments = ["val", str(source), "test.flip=true", "test.scales=[64,80]", f"out={tmp_path / 'again'}"]
+    assert cli.run(arguments) == 0
     own, again = (
         json.loads((out / "val.bbox.json").read_text()) for out in (source / "test-with_tta", tmp_path / "again")
     )

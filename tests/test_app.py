@@ -511,8 +511,8 @@ def test_command(runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys:
     for name in ("connect", "connect_ex", "sendto"):
         monkeypatch.setattr(socket.socket, name, lambda _, *arguments: attempts.append(arguments))
     monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **_: attempts.append(arguments) or [])
-    words = ["app", str(runs["first"]), str(runs["masked"]), "test.score=0.07", "device=cpu", "--port", "0"]
-    assert cli.run([*words, "--max-size-mb", "2", "--queue", "5"]) == 0
+    arguments = ["app", str(runs["first"]), str(runs["masked"]), "test.score=0.07", "device=cpu", "--port", "0"]
+    assert cli.run([*arguments, "--max-size-mb", "2", "--queue", "5"]) == 0
     assert attempts == []  # it starts without internet
     state = served["app"].state.served
     assert served["address"][0] == "127.0.0.1"
@@ -556,7 +556,7 @@ def test_errors_of_the_command(
         port = taken.getsockname()[1]
         assert cli.run(["app", run, "--port", str(port)]) == 2
     assert f"port={port} is taken by another program" in capsys.readouterr().err
-    for words, sentence in [
+    for arguments, sentence in [
         (["app", str(tmp_path / "none"), "--port", "0"], "none"),
         (
             ["app", "retinanet_r50", "--port", "0"],
@@ -569,7 +569,7 @@ def test_errors_of_the_command(
         (["app", run, "--port", "0", "--host", ""], "host is empty: use 127.0.0.1"),
         (["app", run, "--port", "0", "--examples", "nowhere"], "there is no image, folder or pattern nowhere"),
     ]:
-        assert cli.run(words) == 2
+        assert cli.run(arguments) == 2
         error = capsys.readouterr().err
         assert sentence in error
         assert error.count("\n") == 1

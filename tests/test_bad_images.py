@@ -263,20 +263,20 @@ def test_the_logs_of_two_processes_are_merged(tmp_path: Path) -> None:
 # -- the whole training
 
 
-def run(*words: object) -> int:
-    return cli.run([str(word) for word in words])
+def run(*arguments: object) -> int:
+    return cli.run([str(argument) for argument in arguments])
 
 
 def skipping(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The words of a training on data with a truncated image, which is replaced; without the last word it is not."""
+    """The arguments of a training on data with a truncated image, which is replaced; without the last one it is not."""
     monkeypatch.setattr(command, "write_report", lambda *_, **__: {})  # drawing takes most of the time
     monkeypatch.setattr(command.visualization, "plot_training", lambda *_: None)
     data = Path(shutil.copytree(scenes, tmp_path / "data"))
     bad = data / "train" / "000002.jpg"
     bad.write_bytes(bad.read_bytes()[:-500])
-    words = ["train", "retinanet_tiny", f"data={data}", *SMALL]
+    arguments = ["train", "retinanet_tiny", f"data={data}", *SMALL]
     return [
-        *words,
+        *arguments,
         "train.policy=multistep",
         "train.milestones=[]",
         "train.validate_every=1",
@@ -287,18 +287,18 @@ def skipping(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> l
 def test_training_with_a_bad_image(
     capsys: pytest.CaptureFixture[str], scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = skipping(scenes, tmp_path, monkeypatch)
+    arguments = skipping(scenes, tmp_path, monkeypatch)
     bad = tmp_path / "data" / "train" / "000002.jpg"
-    assert run(*words[:-1], f"out={tmp_path / 'stopped'}") == 2
+    assert run(*arguments[:-1], f"out={tmp_path / 'stopped'}") == 2
     assert f"{bad} is truncated or damaged" in capsys.readouterr().err
 
-    assert run(*words, f"out={tmp_path / 'whole'}", "train.epochs=2") == 0
+    assert run(*arguments, f"out={tmp_path / 'whole'}", "train.epochs=2") == 0
     printed = capsys.readouterr().out
     assert f"1 training image was replaced 2 times, see {tmp_path / 'whole' / 'skipped.csv'}" in printed
     assert json.loads((tmp_path / "whole" / "run.json").read_text())["replaced"] == {"images": 1, "times": 2}
     assert [row[0] for row in read_log(tmp_path / "whole")] == ["epoch", "1", "2"]
 
-    assert run(*words, f"out={tmp_path / 'none'}", "train.max_bad_images=0") == 2
+    assert run(*arguments, f"out={tmp_path / 'none'}", "train.max_bad_images=0") == 2
     text = "1 of the 8 training images cannot be read, more than train.max_bad_images=0 allows"
     assert text in capsys.readouterr().err
 
@@ -307,9 +307,9 @@ def test_training_with_a_bad_image(
 def test_a_resumed_training_replaces_the_same_images(
     scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = skipping(scenes, tmp_path, monkeypatch)
-    assert run(*words, f"out={tmp_path / 'whole'}", "train.epochs=2") == 0
-    assert run(*words, f"out={tmp_path / 'parts'}") == 0
+    arguments = skipping(scenes, tmp_path, monkeypatch)
+    assert run(*arguments, f"out={tmp_path / 'whole'}", "train.epochs=2") == 0
+    assert run(*arguments, f"out={tmp_path / 'parts'}") == 0
     assert run("train", tmp_path / "parts", "--resume", "train.epochs=2") == 0
     assert not differences(tmp_path / "whole", tmp_path / "parts")
     assert run("train", tmp_path / "parts", "--resume") == 0, "nothing is left to train"

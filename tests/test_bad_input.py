@@ -24,10 +24,10 @@ pytestmark = pytest.mark.usefixtures("unrendered")
 Capture = pytest.CaptureFixture[str]
 
 
-def complaint(capsys: Capture, *words: object, code: int = 2) -> str:
+def complaint(capsys: Capture, *arguments: object, code: int = 2) -> str:
     """The one line on stderr with which a command fails."""
     capsys.readouterr()
-    exit_code = cli.run([str(word) for word in words])
+    exit_code = cli.run([str(argument) for argument in arguments])
     result, said = capsys.readouterr()
     assert exit_code == code, said
     assert "results:" not in result, "there is nothing where it points"
@@ -41,9 +41,9 @@ def train(data: object, out: Path, *more: object) -> list[str]:
     return ["train", "retinanet_tiny", f"data={data}", f"out={out}", *SMALL, *map(str, more)]
 
 
-def has(said: str, *words: object) -> None:
-    for word in words:
-        assert str(word) in said
+def has(said: str, *texts: object) -> None:
+    for text in texts:
+        assert str(text) in said
 
 
 def edited(scenes: Path, tmp_path: Path, edit: Callable[[dict[str, Any], Path], None], split: str = "train") -> Path:
@@ -238,8 +238,8 @@ def test_unknown_models(capsys: Capture, tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_device_that_is_missing(capsys: Capture, trained: Path, scenes: Path, tmp_path: Path) -> None:
-    for words in (train(scenes, tmp_path / "out"), ["val", trained], ["predict", trained, scenes / "val"]):
-        has(complaint(capsys, *words, "device=cuda"), "device=cuda is not there", "use device=cpu or device=auto")
+    for arguments in (train(scenes, tmp_path / "out"), ["val", trained], ["predict", trained, scenes / "val"]):
+        has(complaint(capsys, *arguments, "device=cuda"), "device=cuda is not there", "use device=cpu or device=auto")
 
 
 # -- folders and files of runs
@@ -250,8 +250,8 @@ def test_an_output_folder_that_exists(capsys: Capture, trained: Path, scenes: Pa
     out.mkdir()
     (out / "mine.txt").write_text("keep me")
     commands = (["val", trained], ["predict", trained, scenes / "val"], ["demo"])
-    for words in (train(scenes, out), *([*command, f"out={out}"] for command in commands)):
-        has(complaint(capsys, *words), f"out={out} exists and is not empty", "choose another")
+    for arguments in (train(scenes, out), *([*command, f"out={out}"] for command in commands)):
+        has(complaint(capsys, *arguments), f"out={out} exists and is not empty", "choose another")
     has(complaint(capsys, "convert", "data", scenes, out, "--to", "voc"), "nothing is overwritten")
     image = tmp_path / "b.png"
     image.write_text("keep me")
@@ -264,13 +264,13 @@ def test_images_of_the_data_are_numbered(
     capsys: Capture, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for words, said in (
+    for arguments, said in (
         (["--images", "1"], "1 image: "),
         (["--images", "2"], "2 images: "),
         (["--centers"], ""),
         (["--centers"], ""),
     ):
-        assert cli.run(["browse", f"data={scenes}", "data.workers=0", *words]) == 0
+        assert cli.run(["browse", f"data={scenes}", "data.workers=0", *arguments]) == 0
         assert said in capsys.readouterr().out
     assert sorted(p.name for p in tmp_path.iterdir()) == ["browse-2.png", "browse.png", "centers-2.png", "centers.png"]
 
@@ -388,7 +388,7 @@ def test_results_that_do_not_fit(capsys: Capture, trained: Path, scenes: Path, t
 
 
 @pytest.mark.parametrize(
-    ("words", "refused"),
+    ("arguments", "refused"),
     [
         ("val RUN --resamples 50", "val without --tiles-help does not use --resamples: leave out --resamples"),
         ("ablate necks --dry-run --budget xx --parallel 2", "--dry-run does not use --budget and --parallel"),
@@ -397,16 +397,18 @@ def test_results_that_do_not_fit(capsys: Capture, trained: Path, scenes: Path, t
         ("info --classes 3", "classes=3 belongs to a config"),
     ],
 )
-def test_options_that_a_mode_does_not_use(capsys: Capture, trained: Path, words: str, refused: str) -> None:
-    has(complaint(capsys, *(str(trained) if word == "RUN" else word for word in words.split())), refused)
+def test_options_that_a_mode_does_not_use(capsys: Capture, trained: Path, arguments: str, refused: str) -> None:
+    has(
+        complaint(capsys, *(str(trained) if argument == "RUN" else argument for argument in arguments.split())), refused
+    )
 
 
-@pytest.mark.parametrize("words", ["train retinanet_tiny data=DATA", "ablate necks data=DATA out=OUT"])
+@pytest.mark.parametrize("arguments", ["train retinanet_tiny data=DATA", "ablate necks data=DATA out=OUT"])
 def test_a_wrong_number_of_processes(
-    capsys: Capture, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str
+    capsys: Capture, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: str
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "x")
-    given = words.replace("DATA", str(scenes)).replace("OUT", str(tmp_path / "out"))
+    given = arguments.replace("DATA", str(scenes)).replace("OUT", str(tmp_path / "out"))
     has(complaint(capsys, *given.split()), "WORLD_SIZE=x", "must be whole numbers with RANK below WORLD_SIZE")
     assert not (tmp_path / "out").exists()
 
@@ -477,8 +479,8 @@ def test_a_full_disk_elsewhere(capsys: Capture, trained: Path, tmp_path: Path, m
 
 def test_a_loss_that_is_not_finite(capsys: Capture, run_copy: Path) -> None:
     before = checkpoint.load(run_copy / "last.ckpt")
-    words = ["train", run_copy, "--resume", "train.epochs=9", "train.lr=1e30", "train.clip_norm=null"]
-    said = complaint(capsys, *words, code=3)
+    arguments = ["train", run_copy, "--resume", "train.epochs=9", "train.lr=1e30", "train.clip_norm=null"]
+    said = complaint(capsys, *arguments, code=3)
     has(said, "is nan at step 4, images", "lower the learning rate", "what was saved before is still whole")
     assert "loss_cls" in said or "loss_box" in said
     after = checkpoint.load(run_copy / "last.ckpt")

@@ -73,8 +73,8 @@ def changed_folder(folder: Path) -> Iterator[Path]:
     write_images(folder)
 
 
-def predict(model: Path, *words: object) -> int:
-    return cli.run(["predict", str(model), *map(str, words), "--no-draw", "device=cpu", "data.workers=0"])
+def predict(model: Path, *arguments: object) -> int:
+    return cli.run(["predict", str(model), *map(str, arguments), "--no-draw", "device=cpu", "data.workers=0"])
 
 
 def read(file: Path) -> Any:
@@ -175,12 +175,12 @@ def test_a_killed_prediction_resumes_to_the_same_result(
             os._exit(9)
         return predict_batch(self, group, batch)
 
-    words = [changed_folder, f"out={out}", size, "--resume"]
+    arguments = [changed_folder, f"out={out}", size, "--resume"]
     if not (child := os.fork()):
         try:
             torch.set_num_threads(1)  # OpenMP's threads do not survive a fork: a parallel region would wait for them
             monkeypatch.setattr(Predictor, "predict_batch", dies)
-            predict(model, *words)
+            predict(model, *arguments)
         finally:
             os._exit(1)  # else an exception would return the child to pytest, as a second worker
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
@@ -195,31 +195,31 @@ def test_a_killed_prediction_resumes_to_the_same_result(
         "predict_batch",
         lambda self, group, batch: (seen.extend(path for _, path in group), predict_batch(self, group, batch))[1],
     )
-    assert predict(model, *words[:-1]) == 2
+    assert predict(model, *arguments[:-1]) == 2
     assert "exists and is not empty" in capsys.readouterr().err
     for key, value in {"test.max_det": 4, "test.batch": 2}.items():
-        assert predict(model, *words, f"{key}={value}") == 2
+        assert predict(model, *arguments, f"{key}={value}") == 2
         before = 5 if key == "test.max_det" else batch
         assert f"was begun with {key} {before}, now it is {value}: give" in " ".join(capsys.readouterr().err.split())
     (changed_folder / "a" / "1.png").rename(changed_folder / "a" / "0.png")
-    assert predict(model, *words) == 2
+    assert predict(model, *arguments) == 2
     assert "predictions of other images than the sources" in capsys.readouterr().err
     (changed_folder / "a" / "0.png").rename(changed_folder / "a" / "1.png")
     assert not seen, "nothing was predicted meanwhile"
-    assert predict(model, *words) == 0
+    assert predict(model, *arguments) == 0
     images = list(Sources([str(changed_folder)]))
     assert seen == images[6 if batch == 1 else 0 :]
     assert read(out / "predictions.json") == read(tmp_path / "uninterrupted" / "predictions.json")
     seen.clear()
-    assert predict(model, *words) == 0
+    assert predict(model, *arguments) == 0
     assert not seen
     assert "10 images, 50 detections" in capsys.readouterr().out
 
 
 def test_damaged_files_are_refused(model: Path, folder: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "out"
-    words = [folder, f"out={out}", "--jsonl", "--resume"]
-    assert predict(model, *words) == 0
+    arguments = [folder, f"out={out}", "--jsonl", "--resume"]
+    assert predict(model, *arguments) == 0
     begun, file = out / "predict.json", out / "predictions-0-of-1.jsonl"
     good, content = read(begun), file.read_text().splitlines(keepends=True)
     wrong = ([1], {"images": 1}, {**good["done"], "shown": "x"}, {**good["done"], "files": None})
@@ -228,17 +228,17 @@ def test_damaged_files_are_refused(model: Path, folder: Path, tmp_path: Path, ca
         begun.write_text(bad)
         with pytest.raises(InputError, match=f"{begun} is damaged"):
             batch_predict._read_begun(begun)
-    refused(model, words, f"{begun} is damaged", capsys)
+    refused(model, arguments, f"{begun} is damaged", capsys)
     begun.write_text(json.dumps({"request": good["request"]}))
     for bad in ("\n", "\0\0\n", "[]\n", '{"id": 3}\n', content[0], content[2].replace('"annotations"', '"x"')):
         file.write_text("".join([*content[:2], bad, *content[3:]]))
         with file.open("rb") as opened, pytest.raises(InputError, match=f"{file}, line 3 is damaged"):
             list(read_lines([opened]))
-    refused(model, words, f"{file}, line 3 is damaged", capsys)
+    refused(model, arguments, f"{file}, line 3 is damaged", capsys)
 
 
-def refused(model: Path, words: list[Any], text: str, capsys: Capture) -> None:
-    assert predict(model, *words) == 2
+def refused(model: Path, arguments: list[Any], text: str, capsys: Capture) -> None:
+    assert predict(model, *arguments) == 2
     said = capsys.readouterr().err
     assert text in said.replace("\n", " ") or text in said.replace("\n", "")
     assert "Traceback" not in said
@@ -249,13 +249,13 @@ def test_an_unreadable_image_ends_the_prediction_or_is_listed(
 ) -> None:
     bad = list(Sources([str(changed_folder)]))[4]
     bad.write_bytes(b"no image")
-    words = [changed_folder, f"out={tmp_path / 'bad'}"]
-    assert predict(model, *words) == 2
+    arguments = [changed_folder, f"out={tmp_path / 'bad'}"]
+    assert predict(model, *arguments) == 2
     said = capsys.readouterr().err
     assert str(bad) in said
     assert "--on-bad-image skip" in said
     assert [image["id"] for image in read(tmp_path / "bad" / "predictions.json")["images"]] == [1, 2, 3, 4]
-    assert predict(model, *words, "--resume", "--on-bad-image", "skip", "--json") == 0
+    assert predict(model, *arguments, "--resume", "--on-bad-image", "skip", "--json") == 0
     summary = json.loads(capsys.readouterr().out)
     assert (summary["images"], summary["skipped"]) == (9, 1)
     content = read(tmp_path / "bad" / "predictions.json")
@@ -266,12 +266,12 @@ def test_an_unreadable_image_ends_the_prediction_or_is_listed(
 
 def test_an_unreadable_first_image_leaves_no_directory(model: Path, tmp_path: Path) -> None:
     (bad := tmp_path / "bad.jpg").write_bytes(b"no image")
-    words = [bad, f"out={tmp_path / 'out'}"]
+    arguments = [bad, f"out={tmp_path / 'out'}"]
     more = ["--jsonl", "--crops", "--save", "csv,yolo"]
     for options in ([], more):
-        assert predict(model, *words, *options) == 2
+        assert predict(model, *arguments, *options) == 2
         assert not (tmp_path / "out").exists()
-    assert predict(model, *words, *more, "--on-bad-image", "skip") == 0
+    assert predict(model, *arguments, *more, "--on-bad-image", "skip") == 0
     assert (tmp_path / "out" / "predict.json").is_file()
 
 
@@ -290,18 +290,18 @@ def test_processes_share_the_images_each_once(
 ) -> None:
     """Whichever process is last joins; a part of the processes can be resumed by another number of them."""
     monkeypatch.setenv("WORLD_SIZE", "3")
-    words = [folder, f"out={tmp_path / 'shared'}", "--resume"]
+    arguments = [folder, f"out={tmp_path / 'shared'}", "--resume"]
     for rank in ("0", "2"):
         for name in ("RANK", "LOCAL_RANK"):
             monkeypatch.setenv(name, rank)
-        assert predict(model, *words) == 0
+        assert predict(model, *arguments) == 0
     assert "process 2 is done, other processes still have to predict 3 images" in " ".join(
         capsys.readouterr().out.split()
     )
     assert [record["id"] for record in lines(tmp_path / "shared")] == [1, 3, 4, 6, 7, 9, 10]
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name)
-    assert predict(model, *words) == 0
+    assert predict(model, *arguments) == 0
     assert read(tmp_path / "shared" / "predictions.json") == whole
 
 

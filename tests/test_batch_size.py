@@ -78,8 +78,8 @@ def test_largest_size(scenes):
 def test_a_training_chooses_its_batch(scenes, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("fusedet.api.choose_batch._STEPS", 2)
     out = tmp_path / "run"
-    words = ["train", "retinanet_tiny", f"data={scenes}", f"out={out}", *SMALL, "train.batch=auto", "train.lr=0.01"]
-    assert cli.run(words) == 0
+    arguments = ["train", "retinanet_tiny", f"data={scenes}", f"out={out}", *SMALL, "train.batch=auto", "train.lr=0.01"]
+    assert cli.run(arguments) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "train.batch=auto: 4 images per step, the most for 8 images" in said
     config = load(out / "config.yaml")

@@ -406,8 +406,8 @@ def test_a_run_is_measured(
     """The whole command; a process that imports PyTorch takes most of the time, so a program may stand in for it."""
     if engine == "a program":
         monkeypatch.setattr(Task, "command", property(lambda task: program()))
-    words = ["benchmark", str(run_copy), "--formats", "channels_last,onnx", "--runs", "1", "--batch", "1", "--json"]
-    assert cli.run(words) == 0
+    arguments = ["benchmark", str(run_copy), "--formats", "channels_last,onnx", "--runs", "1", "--batch", "1", "--json"]
+    assert cli.run(arguments) == 0
     content = json.loads(capsys.readouterr().out)
     out = run_copy / "benchmark"
     assert content["out"] == str(out)
@@ -453,7 +453,7 @@ def test_the_table_names_threads_and_reasons() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "text"),
+    ("arguments", "text"),
     [
         (["retinanet_tiny", "--formats", "eager,openvin"], "unknown format 'openvin': did you mean 'openvino'?"),
         (
@@ -471,11 +471,11 @@ def test_the_table_names_threads_and_reasons() -> None:
     ],
 )
 def test_bad_input_is_refused_before_anything_is_measured(
-    words: list[str], text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    arguments: list[str], text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("fusedet.api.benchmark.measure_engines", lambda *_: pytest.fail("measured"))
-    assert cli.run(["benchmark", *words, "test.score=0.1"]) == 2
+    assert cli.run(["benchmark", *arguments, "test.score=0.1"]) == 2
     assert text in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 

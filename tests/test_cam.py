@@ -246,8 +246,8 @@ def runs(scenes: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory) 
     """A plain run, and one with three of the four modules."""
     out = tmp_path_factory.mktemp("cam") / "all"
     neck = "model.neck=[{type: mse_fpn, sim_groups: 4}, smsl]"
-    words = [neck, "model.interact={type: msil, norm: none}"]
-    assert cli.run(["train", "retinanet_tiny", f"data={scenes}", f"out={out}", *SMALL, *words]) == 0
+    arguments = [neck, "model.interact={type: msil, norm: none}"]
+    assert cli.run(["train", "retinanet_tiny", f"data={scenes}", f"out={out}", *SMALL, *arguments]) == 0
     return trained, out
 
 
@@ -256,10 +256,10 @@ def image(scenes: Path) -> Path:
     return sorted((scenes / "val").glob("*"))[0]
 
 
-def error_line(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+def error_line(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """Return the error line of a refused command."""
     capsys.readouterr()
-    assert cli.run(["cam", *map(str, words)]) == 2
+    assert cli.run(["cam", *map(str, arguments)]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     return lines[0]
@@ -271,8 +271,8 @@ def test_two_runs_side_by_side(
     capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path], image: Path, tmp_path: Path
 ) -> None:
     a, b = map(str, runs)
-    words = ["--beside", b, "--class", "circle", "--score", "0.001", f"out={tmp_path / 'out'}", "--json"]
-    assert cli.run(["cam", a, str(image), *words]) == 0
+    arguments = ["--beside", b, "--class", "circle", "--score", "0.001", f"out={tmp_path / 'out'}", "--json"]
+    assert cli.run(["cam", a, str(image), *arguments]) == 0
     result = json.loads(capsys.readouterr().out)
     (one,) = result["images"].values()
     assert one["class"] == "circle"

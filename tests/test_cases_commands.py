@@ -42,7 +42,7 @@ def predicted(trained: Path, scenes: Path, tmp_path_factory: pytest.TempPathFact
     """All formats of the predictions of two images, with a low threshold."""
     out = tmp_path_factory.mktemp("predicted") / "out"
     images = sorted((scenes / "val").glob("*"))[:2]
-    words = [
+    arguments = [
         *map(str, images),
         f"out={out}",
         "--save",
@@ -52,7 +52,7 @@ def predicted(trained: Path, scenes: Path, tmp_path_factory: pytest.TempPathFact
         "0.01",
         "test.score=0.001",
     ]
-    assert cli.run(["predict", str(trained), *words, "--no-draw", "device=cpu", "data.workers=0"]) == 0
+    assert cli.run(["predict", str(trained), *arguments, "--no-draw", "device=cpu", "data.workers=0"]) == 0
     return out
 
 
@@ -160,10 +160,10 @@ def test_table_with_pandas() -> None:
 
 def test_a_prediction_with_a_range_resumes(trained: Path, scenes: Path, tmp_path: Path) -> None:
     image = sorted((scenes / "val").glob("*"))[0]
-    words = ["predict", str(trained), str(image), f"out={tmp_path / 'out'}", "data.range=[0,4095]", "--no-draw"]
-    assert cli.run([*words, "device=cpu", "data.workers=0"]) == 0
-    assert cli.run([*words, "device=cpu", "data.workers=0", "--resume"]) == 0
-    assert cli.run([*words, "device=cpu", "data.workers=0", "--resume", "data.range=[0,1023]"]) == 2
+    arguments = ["predict", str(trained), str(image), f"out={tmp_path / 'out'}", "data.range=[0,4095]", "--no-draw"]
+    assert cli.run([*arguments, "device=cpu", "data.workers=0"]) == 0
+    assert cli.run([*arguments, "device=cpu", "data.workers=0", "--resume"]) == 0
+    assert cli.run([*arguments, "device=cpu", "data.workers=0", "--resume", "data.range=[0,1023]"]) == 2
 
 
 # -- a threshold per class
@@ -220,7 +220,7 @@ def test_thresholds_of_a_run(trained: Path, scenes: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "words",
+    "arguments",
     [
         ("model.neck={type: fpn, bogus: 1}",),
         ("model.head={type: retina, foo: 1}",),
@@ -229,11 +229,11 @@ def test_thresholds_of_a_run(trained: Path, scenes: Path) -> None:
         ("model.head=fpn",),
     ],
 )
-def test_config_refuses_what_train_refuses(words: tuple[str, ...], capsys: Capture, tmp_path: Path) -> None:
-    assert cli.run(["config", "retinanet_r18_small", *words]) == 2
+def test_config_refuses_what_train_refuses(arguments: tuple[str, ...], capsys: Capture, tmp_path: Path) -> None:
+    assert cli.run(["config", "retinanet_r18_small", *arguments]) == 2
     refused = capsys.readouterr()
     assert not refused.out
-    assert cli.run(["train", "retinanet_r18_small", *words, "data=nowhere", f"out={tmp_path / 'o'}"]) == 2
+    assert cli.run(["train", "retinanet_r18_small", *arguments, "data=nowhere", f"out={tmp_path / 'o'}"]) == 2
     assert capsys.readouterr().err == refused.err
 
 
@@ -259,7 +259,7 @@ def test_info_of_a_checkpoint(trained: Path, name: str) -> None:
     assert own.model.endswith(name)
 
 
-def test_val_refuses_words_that_it_does_not_know(trained: Path, scenes: Path, capsys: Capture) -> None:
+def test_val_refuses_unknown_arguments(trained: Path, scenes: Path, capsys: Capture) -> None:
     for word in ("extra", "street.jpg", "vall"):
         assert cli.run(["val", str(trained), word]) == 2
         assert word in capsys.readouterr().err
@@ -415,7 +415,7 @@ def test_page_of_a_dataset(tmp_path: Path, capsys: Capture) -> None:
     text = page.read_text()
     parsed = Page(text)
     joined = "\n".join(parsed.texts)
-    for words in (
+    for line in (
         "Summary, the worst first",
         "Objects by class",
         "Objects by size",
@@ -426,7 +426,7 @@ def test_page_of_a_dataset(tmp_path: Path, capsys: Capture) -> None:
         "validation images with the content of training images: 1 of 2",
         "<b>dog</b>",
     ):
-        assert words in joined, words
+        assert line in joined, line
     assert "<b>dog" not in text, "names are escaped"
     assert len(parsed.images) >= 2 * (8 + 4) + 2, "eight objects of train, four of val, two suspects"
     assert all(link.startswith(("data:image/jpeg;base64,", "data:,")) for link in parsed.links), (

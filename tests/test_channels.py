@@ -181,6 +181,6 @@ def test_from_the_file_to_a_detector(multispectral, tmp_path, capsys):
 
 
 def test_rgb_images_with_four_expected(scenes, tmp_path, capsys):
-    words = ["train", "retinanet_tiny", f"data={scenes}", "data.channels=4", f"out={tmp_path / 'run'}", *SMALL]
-    assert cli.run(words) == 2
+    arguments = ["train", "retinanet_tiny", f"data={scenes}", "data.channels=4", f"out={tmp_path / 'run'}", *SMALL]
+    assert cli.run(arguments) == 2
     assert "has 3 channels, but data.channels=4" in " ".join(capsys.readouterr().err.split())

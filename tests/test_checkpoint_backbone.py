@@ -86,8 +86,8 @@ def test_a_copy_is_independent() -> None:
 @pytest.mark.slow
 def test_a_training_gives_the_same_weights(scenes: Any, tmp_path: Any) -> None:
     for name, option in (("plain", "false"), ("checkpointed", "true")):
-        words = ["train", "retinanet_tiny", f"data={scenes}", f"out={tmp_path / name}", *SMALL]
-        assert cli.run([*words, f"train.checkpoint_backbone={option}"]) == 0
+        arguments = ["train", "retinanet_tiny", f"data={scenes}", f"out={tmp_path / name}", *SMALL]
+        assert cli.run([*arguments, f"train.checkpoint_backbone={option}"]) == 0
     weights, others = (load_weights(tmp_path / name / "last.ckpt")[0] for name in ("plain", "checkpointed"))
     assert weights.keys() == others.keys()
     assert all(torch.equal(value, others[key]) for key, value in weights.items())

@@ -39,18 +39,18 @@ pytestmark = pytest.mark.usefixtures("unrendered")
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "AR1", "AR10", "AR100")
 
 
-def spoken(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+def spoken(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """What a command line that goes well prints."""
     capsys.readouterr()
-    code = cli.run([str(word) for word in words])
+    code = cli.run([str(argument) for argument in arguments])
     said = capsys.readouterr()
     assert code == 0, said.err
     return said.out
 
 
-def figures(capsys: pytest.CaptureFixture[str], *words: object) -> Any:
+def figures(capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
     """The same with --json."""
-    return json.loads(spoken(capsys, *words, "--json"))
+    return json.loads(spoken(capsys, *arguments, "--json"))
 
 
 # -- train
@@ -154,8 +154,8 @@ def test_val_of_run_checkpoint_and_results_agree(
     results = json.loads((trained / "val.bbox.json").read_text())
     sources = {"run": [trained], "best": [trained / "best.safetensors"], "last": [trained / "last.ckpt"]}
     sources["results"] = [trained / "val.bbox.json", f"data={scenes}"]
-    for name, words in sources.items():
-        result = figures(capsys, "val", *words, f"out={tmp_path / name}")
+    for name, arguments in sources.items():
+        result = figures(capsys, "val", *arguments, f"out={tmp_path / name}")
         assert [result[k] for k in METRICS] == pytest.approx([by_training[k] for k in METRICS], abs=1e-6), name
         again = json.loads((tmp_path / name / "val.bbox.json").read_text())
         # training scores with batch norms, val with folded ones: near ties may change places
@@ -168,8 +168,8 @@ def test_val_of_run_checkpoint_and_results_agree(
 
 
 def test_val_options(capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path) -> None:
-    words = ["val", trained, "--voc", "--split", "train", "--evaluator", "pycocotools", f"out={tmp_path / 'v'}"]
-    result = figures(capsys, *words, "test.max_det=7")
+    arguments = ["val", trained, "--voc", "--split", "train", "--evaluator", "pycocotools", f"out={tmp_path / 'v'}"]
+    result = figures(capsys, *arguments, "test.max_det=7")
     assert "VOC_AP" in result
     assert result["stamp"]["detections"] == 8 * 7
     assert result["stamp"]["evaluator"].startswith("pycocotools")
@@ -433,10 +433,10 @@ def test_doctor_counts_by_hand(capsys: pytest.CaptureFixture[str], tmp_path: Pat
 
 def test_browse(capsys: pytest.CaptureFixture[str], scenes: Path, tmp_path: Path) -> None:
     target = tmp_path / "images" / "seen.png"
-    words = ["browse", f"data={scenes}", "data.size=[64,96]"]
-    assert figures(capsys, *words, f"out={target}", "--images", 5) == {"image": str(target), "images": 5}
+    arguments = ["browse", f"data={scenes}", "data.size=[64,96]"]
+    assert figures(capsys, *arguments, f"out={target}", "--images", 5) == {"image": str(target), "images": 5}
     assert Image.open(target).width > 64
-    spoken(capsys, *words, f"out={tmp_path / 'b.png'}", "--split", "val", "--images", 99, "--epoch", 3)
+    spoken(capsys, *arguments, f"out={tmp_path / 'b.png'}", "--split", "val", "--images", 99, "--epoch", 3)
 
 
 def test_convert(capsys: pytest.CaptureFixture[str], scenes: Path, tmp_path: Path) -> None:
@@ -469,17 +469,17 @@ def test_demo(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 # -- help and exit codes
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["--version"]])
-def test_help_imports_no_torch(words: list[str]) -> None:
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"]])
+def test_help_imports_no_torch(arguments: list[str]) -> None:
     """It would take seconds, and pydantic with the declarations of the settings half of one."""
     heavy = "{'torch', 'numpy', 'pydantic', 'fusedet.config'}"
-    code = f"import sys; from fusedet import cli; cli.run({words}); print({heavy} & set(sys.modules))"
+    code = f"import sys; from fusedet import cli; cli.run({arguments}); print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines()[-1] == "set()", done.stderr
 
 
 def commands() -> dict[str, Any]:
-    """All commands by their words."""
+    """All commands by their arguments."""
     root = typer.main.get_command(cli.app)
     convert = root.commands.pop("convert")
     return root.commands | {f"convert {name}": command for name, command in convert.commands.items()}
@@ -488,23 +488,23 @@ def commands() -> dict[str, Any]:
 def test_every_command_has_help_with_two_examples(capsys: pytest.CaptureFixture[str]) -> None:
     overview = spoken(capsys, "-h")
     assert "Exit codes: 0 success; 1 doctor reports errors; 2 wrong input" in " ".join(overview.split())
-    assert {words.split()[0] for words in commands()} >= {
+    assert {arguments.split()[0] for arguments in commands()} >= {
         *("train", "val", "predict", "info", "doctor", "browse"),
         *("compare", "ablate", "cam", "convert", "demo", "config"),
     }
-    for words, command in commands().items():
-        assert f" {words.split()[0]} " in overview
+    for arguments, command in commands().items():
+        assert f" {arguments.split()[0]} " in overview
         summary, paragraph, *_ = command.help.split("\n\n")
         assert summary.endswith(".")
         assert len(summary) < 60, "it is not cut off in a terminal of 80 columns"
         assert paragraph
-        said = " ".join(spoken(capsys, *words.split(), "-h").split())
+        said = " ".join(spoken(capsys, *arguments.split(), "-h").split())
         assert summary in said
         examples = re.findall(r"\$ fusedet (.+?)(?= \$ fusedet| Settings: |$)", said)
         assert len(examples) == 2
         for example in examples:
-            assert example.startswith(words)
-            command.make_context(words, shlex.split(example.partition(" > ")[0])[len(words.split()) :])
+            assert example.startswith(arguments)
+            command.make_context(arguments, shlex.split(example.partition(" > ")[0])[len(arguments.split()) :])
 
 
 def test_commands_print_the_json_schemas(capsys: pytest.CaptureFixture[str]) -> None:

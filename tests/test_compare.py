@@ -70,9 +70,9 @@ def runs(scored: Path, tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "plain", tmp_path / "better"
 
 
-def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     capsys.readouterr()
-    assert cli.run([str(word) for word in words]) == 2
+    assert cli.run([str(argument) for argument in arguments]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     return said

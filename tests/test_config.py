@@ -258,10 +258,10 @@ def test_several_bases(tmp_path: Path) -> None:
 
 def test_mappings_and_overrides_are_equivalent() -> None:
     sections = {"model": {"neck": ["fpn"], "pyramid": {"channels": 32}, "backbone": {"pretrained": False}}}
-    words = ["model.neck=[fpn]", "model.pyramid.channels=32", "model.backbone.pretrained=false"]
-    assert config.load("retinanet_r18", sections=sections) == config.load("retinanet_r18", words)
-    by_words, by_sections = create_model("retinanet_r18", *words), create_model("retinanet_r18", **sections)
-    assert {k: v.shape for k, v in by_words.state_dict().items()} == {
+    overrides = ["model.neck=[fpn]", "model.pyramid.channels=32", "model.backbone.pretrained=false"]
+    assert config.load("retinanet_r18", sections=sections) == config.load("retinanet_r18", overrides)
+    by_overrides, by_sections = create_model("retinanet_r18", *overrides), create_model("retinanet_r18", **sections)
+    assert {k: v.shape for k, v in by_overrides.state_dict().items()} == {
         k: v.shape for k, v in by_sections.state_dict().items()
     }
 
@@ -384,8 +384,8 @@ def test_mistakes_in_parts_are_reported_without_data_and_weights(override: str, 
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_an_option_may_stand_before_its_slot(flip: bool) -> None:
-    words = ["model.neck=mse_fpn", "model.neck.gate=none", "model.neck.gate=cag"]
-    neck = config.load("retinanet_r18", [words[1], words[2], words[0]] if flip else words).model.neck
+    overrides = ["model.neck=mse_fpn", "model.neck.gate=none", "model.neck.gate=cag"]
+    neck = config.load("retinanet_r18", [overrides[1], overrides[2], overrides[0]] if flip else overrides).model.neck
     assert neck == {"type": "mse_fpn", "gate": "cag"}
 
 

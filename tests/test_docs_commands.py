@@ -57,66 +57,71 @@ def test_command(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("webbrowser.open", lambda address: True)
-    program, *words = shlex.split(command, comments=True)
+    program, *arguments = shlex.split(command, comments=True)
     if program == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        assert set(words) <= set(targets)
+        assert set(arguments) <= set(targets)
     elif program.endswith("python"):
-        assert all((ROOT / word).exists() for word in words if word.endswith(".py"))
+        assert all((ROOT / argument).exists() for argument in arguments if argument.endswith(".py"))
     elif output.startswith("error:"):
-        assert cli.run([word.replace("PATH", str(scenes)) for word in words]) == 2
+        assert cli.run([argument.replace("PATH", str(scenes)) for argument in arguments]) == 2
         assert capsys.readouterr().err.startswith(output.partition(" Known:")[0])
     else:
         assert program == "fusedet", "this block needs a comment that says why it is not executed"
-        assert run(words, scenes, trained, tmp_path) == 0
+        assert run(arguments, scenes, trained, tmp_path) == 0
 
 
 _executed: set[tuple[str, ...]] = set()
 """The calls that ended without an error. Another page's equal call needs no second execution."""
 
 
-def normalize(words: list[str]) -> tuple[str, ...]:
+def normalize(arguments: list[str]) -> tuple[str, ...]:
     """A call without its seed, the names of its run directories, and what `SMALL` overrides in a training."""
-    overridden = [word.partition("=")[0] for word in SMALL] if words[:2] == ["train", TRAINED_HERE] else []
-    words = [re.sub(r"^(out=|)runs/\w+$", r"\1runs/RUN", word) for word in words]
-    return tuple(word for word in words if word.partition("=")[0] not in ("train.seed", *overridden))
+    overridden = [argument.partition("=")[0] for argument in SMALL] if arguments[:2] == ["train", TRAINED_HERE] else []
+    arguments = [re.sub(r"^(out=|)runs/\w+$", r"\1runs/RUN", argument) for argument in arguments]
+    return tuple(argument for argument in arguments if argument.partition("=")[0] not in ("train.seed", *overridden))
 
 
-def run(words: list[str], data: Path, trained: Path, folder: Path) -> int:
+def run(arguments: list[str], data: Path, trained: Path, folder: Path) -> int:
     """Execute a documented call of fusedet on small data; its exit code."""
-    command, *words = words
-    for word in words:
-        if word.startswith("runs/"):
-            shutil.copytree(trained, folder / word, dirs_exist_ok=True)
+    command, *arguments = arguments
+    for argument in arguments:
+        if argument.startswith("runs/"):
+            shutil.copytree(trained, folder / argument, dirs_exist_ok=True)
     images = str(data / "val")
-    words = [images if word in ("IMAGES", "IMAGE") or word.endswith("/JPEGImages") else word for word in words]
-    words = [f"data={data}" if word.partition("=")[2] in DATASETS else word for word in words]
-    words = [word for word in words if not word.startswith(("data.val=", "--split"))]  # the dataset has train and val
-    for i, word in enumerate(words):
-        if word.startswith("test.scales="):
-            resolve_config(trained, [word])  # the documented sizes are valid, but take ten seconds
-            words[i] = "test.scales=[32,48,64]"
-    if command == "train" and words[0] in config.names():
-        resolve_config(words[0], [word for word in words[1:] if "=" in word])
-    call = normalize([command, *words])
+    arguments = [
+        images if argument in ("IMAGES", "IMAGE") or argument.endswith("/JPEGImages") else argument
+        for argument in arguments
+    ]
+    arguments = [f"data={data}" if argument.partition("=")[2] in DATASETS else argument for argument in arguments]
+    arguments = [
+        argument for argument in arguments if not argument.startswith(("data.val=", "--split"))
+    ]  # the dataset has train and val
+    for i, argument in enumerate(arguments):
+        if argument.startswith("test.scales="):
+            resolve_config(trained, [argument])  # the documented sizes are valid, but take ten seconds
+            arguments[i] = "test.scales=[32,48,64]"
+    if command == "train" and arguments[0] in config.names():
+        resolve_config(arguments[0], [argument for argument in arguments[1:] if "=" in argument])
+    call = normalize([command, *arguments])
     if call in _executed:
         return 0
-    code = execute(command, words)
+    code = execute(command, arguments)
     if code == 0:
         _executed.add(call)
     return code
 
 
-def execute(command: str, words: list[str]) -> int:
+def execute(command: str, arguments: list[str]) -> int:
     """Make the model of a training, or run the call; its exit code."""
-    if command == "train" and "--resume" not in words and words[0] != TRAINED_HERE:
-        overrides = [w for w in words[1:] if not w.startswith(("data=", "out="))]
+    if command == "train" and "--resume" not in arguments and arguments[0] != TRAINED_HERE:
+        overrides = [w for w in arguments[1:] if not w.startswith(("data=", "out="))]
         with torch.device("meta"):
-            create_model(words[0], *overrides, "model.backbone.pretrained=false")
+            create_model(arguments[0], *overrides, "model.backbone.pretrained=false")
         return 0
-    if command == "train" and "--resume" not in words:
-        words += SMALL
-    return cli.run([command, *words])
+    if command == "train" and "--resume" not in arguments:
+        arguments += SMALL
+    return cli.run([command, *arguments])
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/python.md"])

@@ -234,8 +234,8 @@ def test_slurm_script(tmp_path: Path, resumes: bool) -> None:
         (out / "config.yaml").touch()
     command = ["bash", str(EXAMPLES / "train.sbatch"), "retinanet_r50", "some data", str(out), "train.epochs=24"]
     assert subprocess.run(command, env=environment, timeout=60).returncode == 3  # SLURM sees how the training ended
-    words = (tmp_path / "bin/torchrun.log").read_text().splitlines()
-    launch, training = words[: words.index("-m")], words[words.index("train") + 1 :]
+    arguments = (tmp_path / "bin/torchrun.log").read_text().splitlines()
+    launch, training = arguments[: arguments.index("-m")], arguments[arguments.index("train") + 1 :]
     pairs = dict(zip(launch[::2], launch[1::2]))
     assert pairs == {
         "--nnodes": "2",

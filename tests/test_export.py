@@ -625,8 +625,17 @@ def test_compiled_package(make_export: Callable[..., Path], scenes: Path) -> Non
 @pytest.mark.slow
 def test_int8_command(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = exporting.save_run(tmp_path / "run", "faster_rcnn", *QUICK[1:])
-    words = ["export", str(run), "--format", "onnx,openvino", "--precision", "int8", "--calibrate", f"data={scenes}"]
-    assert cli.run([*words, "--calibration-images", "4", "--json"]) == 0
+    arguments = [
+        "export",
+        str(run),
+        "--format",
+        "onnx,openvino",
+        "--precision",
+        "int8",
+        "--calibrate",
+        f"data={scenes}",
+    ]
+    assert cli.run([*arguments, "--calibration-images", "4", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["calibration"]["images"] == 4
     for row in report["formats"].values():
@@ -854,9 +863,9 @@ def test_tampered_files_are_refused(exported: Path, tmp_path: Path) -> None:
 
 def test_settings_inside_the_file_are_refused(make_export: Callable[..., Path]) -> None:
     folder = make_export("retinanet", *QUICK, size=(64, 96))
-    for words in (("test.score=0.5",), ("data.size=[64,64]",)):
+    for arguments in (("test.score=0.5",), ("data.size=[64,64]",)):
         with pytest.raises(InputError, match="changes nothing for an exported model"):
-            fusedet.load(folder, *words)
+            fusedet.load(folder, *arguments)
     with pytest.raises(InputError, match="an exported model runs on the CPU"):
         fusedet.load(folder, device="cuda")
 
@@ -911,8 +920,8 @@ def test_metrics_of_an_export_are_those_of_the_run(make_export: Callable[..., Pa
 @pytest.mark.slow
 def test_torch_format_needs_trust(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = exporting.save_run(tmp_path / "run", "retinanet", *QUICK[1:], data=scenes)
-    words = ["export", str(run), "--format", "torch", "--size", "64,96", "--json", f"out={tmp_path / 'a'}"]
-    assert cli.run(words) == 0
+    arguments = ["export", str(run), "--format", "torch", "--size", "64,96", "--json", f"out={tmp_path / 'a'}"]
+    assert cli.run(arguments) == 0
     report = json.loads(capsys.readouterr().out)
     assert list(report["formats"]) == ["torch"]
     with pytest.raises(InputError, match="add --trust"):

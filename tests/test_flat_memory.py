@@ -43,15 +43,15 @@ def test_training_and_prediction_keep_their_memory(trained: Path, tmp_path: Path
     data = generate_dataset(
         tmp_path / "data", images=108, seed=0, size=(64, 96), splits={"train": 100 / 108, "val": 8 / 108}
     )
-    words = ["train", "retinanet_tiny", f"data={data}", f"out={tmp_path / 'run'}", *SMALL]
-    taken = of_command("loss", 2, [*words, "train.batch=2", "train.epochs=3", "train.validate_every=3", "--json"])
+    arguments = ["train", "retinanet_tiny", f"data={data}", f"out={tmp_path / 'run'}", *SMALL]
+    taken = of_command("loss", 2, [*arguments, "train.batch=2", "train.epochs=3", "train.validate_every=3", "--json"])
     fit = line(taken[:, 0], taken[:, 2], warm_up=0.4)
     assert taken[-1, 0] == 150
     assert fit.high < PER_STEP, fit
     (tmp_path / "many").mkdir()
     for i, one in enumerate(sorted((data / "train").rglob("*.jpg")) * 5):
         (tmp_path / "many" / f"{i:03d}.jpg").hardlink_to(one)
-    words = [
+    arguments = [
         "predict",
         trained,
         tmp_path / "many",
@@ -60,7 +60,7 @@ def test_training_and_prediction_keep_their_memory(trained: Path, tmp_path: Path
         "test.batch=4",
         "--json",
     ]
-    taken = of_command("detect", 2, words)
+    taken = of_command("detect", 2, arguments)
     fit = line(taken[:, 1], taken[:, 2], warm_up=0.4)
     assert taken[-1, 1] == 496
     assert fit.high < PER_IMAGE, fit

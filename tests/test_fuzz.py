@@ -68,8 +68,8 @@ def test_rle(rle: dict[str, Any], size: tuple[int, int]) -> None:
     st.lists(st.tuples(fuzzing.KEYS, fuzzing.VALUES | st.text(max_size=6)), max_size=3),
     st.lists(st.text(max_size=8), max_size=2),
 )
-def test_overrides(pairs: list[tuple[str, str]], words: list[str]) -> None:
-    fuzzing.check_overrides(pairs, words)
+def test_overrides(pairs: list[tuple[str, str]], arguments: list[str]) -> None:
+    fuzzing.check_overrides(pairs, arguments)
 
 
 @property_test(EXAMPLES, fuzzing.SEEDS, small)

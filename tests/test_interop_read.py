@@ -127,8 +127,8 @@ def refuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refuse:
             (tmp_path / "config.py").write_text(config)
             arguments = ("--config", tmp_path / "config.py")
         capsys.readouterr()
-        words = ["convert", "weights", tmp_path / file, tmp_path / "out", *arguments]
-        assert cli.run([str(word) for word in words]) == 2
+        arguments = ["convert", "weights", tmp_path / file, tmp_path / "out", *arguments]
+        assert cli.run([str(argument) for argument in arguments]) == 2
         message = capsys.readouterr().err
         assert message.startswith("error: ")
         assert message.count("\n") == 1

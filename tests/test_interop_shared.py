@@ -44,8 +44,8 @@ def test_recorded_predictions(shared: Path, tmp_path: Path, name: str) -> None:
     torch.save({"state_dict": state, "meta": {"mmdet_version": "3.3.0"}}, tmp_path / "model.pth")
     (tmp_path / "config.py").write_text(f"model = {spec['model']!r}\n")
     out = tmp_path / "out"
-    words = [tmp_path / "model.pth", out, "--config", tmp_path / "config.py"]
-    assert cli.run(["convert", "weights", *map(str, words)]) == 0
+    arguments = [tmp_path / "model.pth", out, "--config", tmp_path / "config.py"]
+    assert cli.run(["convert", "weights", *map(str, arguments)]) == 0
     image = shared / "data" / "coco_tiny" / "val2017" / spec["picture"]
     width, height = spec["picture_size"]
     size = f"data.size=[{min(width, height)},{max(width, height)}]"

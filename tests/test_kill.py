@@ -36,26 +36,28 @@ FAULTS = [  # each process goes on from the one before
 
 
 @pytest.fixture(scope="module")
-def words(scenes: Path) -> list[str]:
+def arguments(scenes: Path) -> list[str]:
     return ["train", "retinanet_tiny", f"data={scenes}", *OPTIONS]
 
 
 @pytest.fixture(scope="module")
-def whole(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that was never stopped."""
-    return undisturbed(words, tmp_path_factory.mktemp("whole") / "run")
+    return undisturbed(arguments, tmp_path_factory.mktemp("whole") / "run")
 
 
 @pytest.mark.slow
-def test_killed_or_stopped_at_every_place_a_run_ends_the_same(words: list[str], whole: Path, tmp_path: Path) -> None:
+def test_killed_or_stopped_at_every_place_a_run_ends_the_same(
+    arguments: list[str], whole: Path, tmp_path: Path
+) -> None:
     run, log = tmp_path / "run", tmp_path / "run.log"
     for fault in FAULTS:
         resume = ["--resume"] if run.exists() else []
-        training = Training([*words, f"out={run}", *resume], log, fault=fault)
+        training = Training([*arguments, f"out={run}", *resume], log, fault=fault)
         training.wait()
         code = {KILL: -KILL, TERM: 143, INT: 130}[fault[2]]
         assert training.codes == [code], f"{fault}: {log.read_text()[-2000:]}"
-    training = Training([*words, f"out={run}", "--resume"], log)
+    training = Training([*arguments, f"out={run}", "--resume"], log)
     training.wait()
     assert training.codes == [0], log.read_text()[-3000:]
     assert not differences(whole, run)[:5]
@@ -64,14 +66,14 @@ def test_killed_or_stopped_at_every_place_a_run_ends_the_same(words: list[str], 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_a_run_ends_the_same(
-    words: list[str], whole: Path, tmp_path: Path, kills: int
+    arguments: list[str], whole: Path, tmp_path: Path, kills: int
 ) -> None:
-    doing = killed_at_random(words, whole, tmp_path, kills=kills, seed=secrets.randbits(32))
+    doing = killed_at_random(arguments, whole, tmp_path, kills=kills, seed=secrets.randbits(32))
     assert len(doing) == kills
     assert kills < 5 or set(doing) != {"starting"}
 
 
 @pytest.mark.slow
-def test_two_processes_killed_at_a_random_moment_end_the_same(words: list[str], tmp_path: Path) -> None:
-    whole = undisturbed(words, tmp_path / "whole", processes=2)
-    killed_at_random(words, whole, tmp_path, kills=1, seed=secrets.randbits(32), processes=2)
+def test_two_processes_killed_at_a_random_moment_end_the_same(arguments: list[str], tmp_path: Path) -> None:
+    whole = undisturbed(arguments, tmp_path / "whole", processes=2)
+    killed_at_random(arguments, whole, tmp_path, kills=1, seed=secrets.randbits(32), processes=2)

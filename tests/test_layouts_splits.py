@@ -126,8 +126,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("run")
     objects = {f"{i:02d}": [("car", "truck", "bus", "owl")[i % 4]] * 2 for i in range(20)}
     write_many(root / "data", objects)
-    words = [f"data.path={root / 'data'}", "data.val=0.2", "data.rename={truck: car}", "data.classes=[car,bus]"]
-    fusedet.train("retinanet_tiny", *TRAIN, *words, f"out={root / 'run'}", quiet=True, say=lambda text: None)
+    arguments = [f"data.path={root / 'data'}", "data.val=0.2", "data.rename={truck: car}", "data.classes=[car,bus]"]
+    fusedet.train("retinanet_tiny", *TRAIN, *arguments, f"out={root / 'run'}", quiet=True, say=lambda text: None)
     return root
 
 
@@ -293,14 +293,22 @@ def test_absent_splits_are_left_out(tmp_path: Path) -> None:
 def test_the_next_command_works(tmp_path: Path, to: str) -> None:
     objects = {f"{i:02d}": [("car", "truck", "bus")[i % 3]] for i in range(12)}
     write_many(tmp_path / "src", objects)
-    words = ["convert", "data", str(tmp_path / "src"), str(tmp_path / "my dst"), "--to", to, "data.rename={truck: car}"]
-    result = CliRunner().invoke(app, words)
+    arguments = [
+        "convert",
+        "data",
+        str(tmp_path / "src"),
+        str(tmp_path / "my dst"),
+        "--to",
+        to,
+        "data.rename={truck: car}",
+    ]
+    result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     *_, line = result.output.strip().splitlines()
     assert line.startswith("next: fusedet train retinanet_r50 data=")
     assert list(list_splits(tmp_path / "my dst")) == ["train"]
-    words = [word for word in shlex.split(line)[3:] if not word.startswith("out=")]
-    checked = fusedet.check_dataset(*words[1:])
+    arguments = [word for word in shlex.split(line)[3:] if not word.startswith("out=")]
+    checked = fusedet.check_dataset(*arguments[1:])
     assert checked.ok
     assert Counter(
         {name: n for r in checked.reports.values() for name, n in r.statistics["classes"].items()}

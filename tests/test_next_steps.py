@@ -15,10 +15,10 @@ from fusedet.cli.common import list_steps_after, name_program
 pytestmark = pytest.mark.usefixtures("unrendered")
 
 
-def run(capsys: pytest.CaptureFixture[str], *words: str) -> list[list[str]]:
-    """The commands that a command line names at its end, as words without their comments."""
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[list[str]]:
+    """The commands that a command line names at its end, as arguments without their comments."""
     capsys.readouterr()
-    code = cli.run([*words])
+    code = cli.run([*arguments])
     said = capsys.readouterr()
     assert code == 0, said.err
     lines = said.out.splitlines()

@@ -28,8 +28,8 @@ def test_settings(cell: str) -> None:
 
 @pytest.mark.parametrize("cell", list_first_cells("Commands", column=2))
 def test_commands(cell: str) -> None:
-    words = cell.strip("`").split()
-    assert words[0] == "torchrun" or words[1] in get_command(app).commands  # type: ignore[attr-defined]
+    arguments = cell.strip("`").split()
+    assert arguments[0] == "torchrun" or arguments[1] in get_command(app).commands  # type: ignore[attr-defined]
 
 
 def test_configs_say_the_same(tmp_path: Path) -> None:

@@ -126,20 +126,20 @@ rows:
 
 def test_power_of_finished_runs(scenes, tmp_path, capsys):
     plan = make_plan(tmp_path, TABLE, scenes, seeds=2)
-    words = [str(tmp_path / "mine.yaml"), f"data={scenes}", "device=cpu", f"out={plan.out}"]
+    arguments = [str(tmp_path / "mine.yaml"), f"data={scenes}", "device=cpu", f"out={plan.out}"]
     quiet = {"say": lambda text: None, "seeds": 2, "resamples": 40}
     with pytest.raises(InputError, match=r"no finished run of the baseline 'plain'.*--rows 'plain' --seeds 2"):
-        fusedet.estimate_power(*words, **quiet)
+        fusedet.estimate_power(*arguments, **quiet)
     finish_runs(plan, lambda run: make_results(plan.val, 0.2 + 0.2 * run.seed, 0.2))
-    estimate = fusedet.estimate_power(*words, **quiet)
+    estimate = fusedet.estimate_power(*arguments, **quiet)
     assert (estimate.baseline, estimate.noise.runs, estimate.noise.images) == ("plain", 2, len(plan.val))
     assert estimate.to_dict()["probability"] == power.TARGET
     assert "to conclude +1 with a probability of 80 %" in str(estimate)
-    one = fusedet.estimate_power(*words, **quiet | {"seeds": 1})
+    one = fusedet.estimate_power(*arguments, **quiet | {"seeds": 1})
     assert one.noise == replace(one.noise, runs=1, between_seeds=None)
     assert "0.4 assumed" in str(one)
     capsys.readouterr()
-    assert cli.run(["ablate", *words, "--power", "--seeds", "2", "--resamples", "40", "--json"]) == 0
+    assert cli.run(["ablate", *arguments, "--power", "--seeds", "2", "--resamples", "40", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(estimate.to_json())
-    assert cli.run(["ablate", *words, "--power", "--rows", "more"]) == 2
+    assert cli.run(["ablate", *arguments, "--power", "--rows", "more"]) == 2
     assert "--power does not use --rows" in capsys.readouterr().err

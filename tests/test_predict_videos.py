@@ -140,8 +140,16 @@ def test_the_command_needs_the_package_before_it_writes(
 def test_a_skipped_video_is_no_image(square: Predictor, tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "a.mp4").write_bytes(b"nothing")
     file = make_video(tmp_path / "b.mp4", [0])
-    words = ["predict", "RUN", str(tmp_path / "a.mp4"), str(file), "--on-bad-image", "skip", f"out={tmp_path / 'out'}"]
-    assert cli.run(words) == 0
+    arguments = [
+        "predict",
+        "RUN",
+        str(tmp_path / "a.mp4"),
+        str(file),
+        "--on-bad-image",
+        "skip",
+        f"out={tmp_path / 'out'}",
+    ]
+    assert cli.run(arguments) == 0
     text = capsys.readouterr().out
     assert "a.mp4 is no video that can be read" in text
     assert "could not be read, listed" not in text
@@ -211,15 +219,15 @@ def test_a_broken_video_keeps_what_was_done(square: Predictor, tmp_path: Path, c
     broken.write_bytes(broken.read_bytes()[:-5000])
     whole = make_video(tmp_path / "b.mp4", [0, 40])
     (tmp_path / "c.mp4").write_bytes(b"nothing")
-    words = ["predict", "RUN", str(broken), str(tmp_path / "c.mp4"), str(whole)]
-    assert cli.run([*words, f"out={tmp_path / 'one'}"]) == 2
+    arguments = ["predict", "RUN", str(broken), str(tmp_path / "c.mp4"), str(whole)]
+    assert cli.run([*arguments, f"out={tmp_path / 'one'}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "a.mkv is truncated or damaged at " in line
     done = read_lines(tmp_path / "one" / "videos" / "a.jsonl")
     assert f"{len(done)} frames before it are in" in line
     assert line.endswith("with --on-bad-image skip the others are predicted")
     assert len(read(tmp_path / "one" / "videos" / "a.mp4")) == len(done) > 10
-    assert cli.run([*words, f"out={tmp_path / 'two'}", "--on-bad-image", "skip", "--json"]) == 0
+    assert cli.run([*arguments, f"out={tmp_path / 'two'}", "--on-bad-image", "skip", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["videos"], result["frames"], result["skipped"]) == (2, len(done) + 2, 1)
     assert "a.mkv is truncated" in result["notes"][0]

@@ -496,8 +496,8 @@ def test_train_val_and_predict_agree(few_scenes: Path, tmp_path: Path) -> None:
         detections, other = (only(predictor.predict(dataset.path(i))) for predictor in (tiled, plain))
         assert detections.scores.tolist() == pytest.approx(scored, abs=1e-5)
         assert scored != other.scores.tolist()
-    words = ["predict", str(out), str(dataset.path(0)), f"out={tmp_path / 'predicted'}", "test.batch=2"]
-    assert cli.run(words) == 0
+    arguments = ["predict", str(out), str(dataset.path(0)), f"out={tmp_path / 'predicted'}", "test.batch=2"]
+    assert cli.run(arguments) == 0
     written = json.loads((tmp_path / "predicted" / "predictions.json").read_text())
     scored = [r["score"] for r in results if r["image_id"] == int(dataset.image_ids[0])]
     assert sorted(a["score"] for a in written["annotations"]) == pytest.approx(sorted(scored), abs=1e-4)
@@ -507,8 +507,8 @@ def test_tiles_help(tmp_path: Path, capsys: Any) -> None:
     splits = {"train": 0.5, "val": 0.5}
     data = generate_dataset(tmp_path / "data", images=4, seed=0, size=(64, 96), splits=splits)
     run = save_run(tmp_path / "run", "retinanet", *ONE_LEVEL, data=data)
-    words = ["val", str(run), "--tiles-help", "--resamples", "40", "test.tiles.size=48", "device=cpu", "--json"]
-    assert cli.run([*words, "test.size_bins=[0,16,1000]"]) == 0
+    arguments = ["val", str(run), "--tiles-help", "--resamples", "40", "test.tiles.size=48", "device=cpu", "--json"]
+    assert cli.run([*arguments, "test.size_bins=[0,16,1000]"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert set(report["figures"]) >= {"AP", "APs", "APm", "APl", "AP 0-16 px"}
     assert report["tiles"]["per_image"] > 2

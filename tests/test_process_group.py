@@ -26,9 +26,9 @@ import json, sys
 import torch
 from fusedet import cli
 
-for words, code in json.loads(sys.argv[1]):
-    assert cli.run(words) == code, words
-    assert not torch.distributed.is_initialized(), words
+for arguments, code in json.loads(sys.argv[1]):
+    assert cli.run(arguments) == code, arguments
+    assert not torch.distributed.is_initialized(), arguments
 """
 
 
@@ -53,11 +53,11 @@ def child_of_rank(launcher: int, rank: int) -> int:
 @pytest.mark.slow
 def test_two_processes_end_their_group_after_success_and_errors(scenes: Path, tmp_path: Path) -> None:
     """Several groups, one after the other, in the same two processes."""
-    words = ["train", "retinanet_tiny", f"data={scenes}", *SMALL]
+    arguments = ["train", "retinanet_tiny", f"data={scenes}", *SMALL]
     predict = ["predict", str(tmp_path / "run"), str(scenes / "val"), "--no-draw"]
     commands = [
-        ([*words, f"out={tmp_path / 'run'}"], 0),
-        ([*words, f"out={tmp_path / 'run'}"], 2),  # nothing is overwritten
+        ([*arguments, f"out={tmp_path / 'run'}"], 0),
+        ([*arguments, f"out={tmp_path / 'run'}"], 2),  # nothing is overwritten
         (["val", str(tmp_path / "run"), f"out={tmp_path / 'scored'}"], 0),
         ([*predict, f"out={tmp_path / 'shared'}"], 0),
     ]
@@ -85,8 +85,8 @@ def test_an_image_that_one_process_cannot_read_is_named(scenes: Path, tmp_path: 
     bad = sorted((data / "train").rglob("*.jpg"))[3]
     bad.write_bytes(bad.read_bytes()[:200])
     for seed in range(2):  # the image comes to another process
-        words = ["train", "retinanet_tiny", f"data={data}", *SMALL, "data.check=false", f"train.seed={seed}"]
-        done = run_two_processes("-m", "fusedet.cli", *words, f"out={tmp_path / str(seed)}")
+        arguments = ["train", "retinanet_tiny", f"data={data}", *SMALL, "data.check=false", f"train.seed={seed}"]
+        done = run_two_processes("-m", "fusedet.cli", *arguments, f"out={tmp_path / str(seed)}")
         assert done.returncode != 0
         assert "error: " in done.stderr
         assert bad.name in done.stderr
@@ -111,8 +111,8 @@ def test_jobs_in_a_row_exit_with_zero(jobs: int, tmp_path: Path, capsys: pytest.
     (tmp_path / "job.py").write_text(JOB)
     began, codes = time.monotonic(), []
     for i in range(jobs):
-        words = ["train", "retinanet_tiny", f"data={data}", *SMALL, "train.batch=2", f"out={tmp_path / str(i)}"]
-        codes.append(run_two_processes(str(tmp_path / "job.py"), *words).returncode)
+        arguments = ["train", "retinanet_tiny", f"data={data}", *SMALL, "train.batch=2", f"out={tmp_path / str(i)}"]
+        codes.append(run_two_processes(str(tmp_path / "job.py"), *arguments).returncode)
     with capsys.disabled():
         print(f"\n{jobs} jobs of two processes in {time.monotonic() - began:.0f} s, exit codes {sorted(set(codes))}")
     assert codes == [0] * jobs
@@ -122,12 +122,12 @@ def test_jobs_in_a_row_exit_with_zero(jobs: int, tmp_path: Path, capsys: pytest.
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux's /proc")
 def test_a_killed_rank_ends_the_job_and_the_run_resumes_bit_for_bit(scenes: Path, tmp_path: Path) -> None:
     """torchrun ends the other processes; last.ckpt is whole."""
-    words = ["train", "retinanet_tiny", f"data={scenes}", *SMALL, "train.epochs=4", "train.checkpoint_every=1steps"]
+    arguments = ["train", "retinanet_tiny", f"data={scenes}", *SMALL, "train.epochs=4", "train.checkpoint_every=1steps"]
     whole, run = tmp_path / "whole", tmp_path / "run"
-    assert run_two_processes("-m", "fusedet.cli", *words, f"out={whole}").returncode == 0
+    assert run_two_processes("-m", "fusedet.cli", *arguments, f"out={whole}").returncode == 0
     with (tmp_path / "log").open("w") as log:
         env = os.environ | {"OMP_NUM_THREADS": "1"}
-        command = [*LAUNCH, "-m", "fusedet.cli", *words, f"out={run}"]
+        command = [*LAUNCH, "-m", "fusedet.cli", *arguments, f"out={run}"]
         job = subprocess.Popen(command, env=env, stdout=log, stderr=log)
         try:
             while not (run / "last.ckpt").is_file():

@@ -107,8 +107,8 @@ def test_bins_by_hand():
 @pytest.mark.usefixtures("rendered")
 def test_val_prints_bins_of_stored_results(scenes, trained, tmp_path, capsys):
     out = tmp_path / "val"
-    words = [f"data={scenes}", "test.size_bins=[0,16,32,128]", f"out={out}"]
-    assert cli.run(["val", str(trained / "val.bbox.json"), *words]) == 0
+    arguments = [f"data={scenes}", "test.size_bins=[0,16,32,128]", f"out={out}"]
+    assert cli.run(["val", str(trained / "val.bbox.json"), *arguments]) == 0
     printed = capsys.readouterr().out
     for text in ("size in pixels", "0 to 16", "16 to 32", "32 to 128"):
         assert text in printed

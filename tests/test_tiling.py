@@ -199,8 +199,8 @@ def test_tiles_smaller_than_the_stride():
 
 
 def test_browse_shows_tiles(scenes, tmp_path, capsys):
-    words = ["browse", f"data={scenes}", f"out={tmp_path / 'tiles.png'}", "data.size=[48,48]", "data.tiles.size=48"]
-    assert cli.run([*words, "--images", "20"]) == 0
+    arguments = ["browse", f"data={scenes}", f"out={tmp_path / 'tiles.png'}", "data.size=[48,48]", "data.tiles.size=48"]
+    assert cli.run([*arguments, "--images", "20"]) == 0
     assert "20 images" in capsys.readouterr().out, "8 images of at least 64 pixels have 4 tiles each"
 
 

@@ -33,8 +33,8 @@ COMMANDS = """
 import json, sys
 from fusedet import cli
 
-for words in json.loads(sys.argv[1]):
-    if code := cli.run(words):
+for arguments in json.loads(sys.argv[1]):
+    if code := cli.run(arguments):
         sys.exit(code)
 """
 """Several commands in one start, which is what takes time."""
@@ -81,10 +81,10 @@ def runs(make_once: Callable[..., Path]) -> tuple[Path, list[str]]:
 def make_runs(top: Path) -> None:
     """The runs `one`, in one process, and `two`, in two; the run `two` scored in `scored` by one, in `both` by two."""
     data = synthetic.generate_dataset(top / "data", images=27, size=(64, 96), splits={"train": 0.45, "val": 0.55})
-    words = ["train", "retinanet_tiny", f"data={data}", *OPTIONS]
-    assert run([*words, f"out={top / 'one'}"]) == 0
+    arguments = ["train", "retinanet_tiny", f"data={data}", *OPTIONS]
+    assert run([*arguments, f"out={top / 'one'}"]) == 0
     commands = [
-        [*words, f"out={top / 'two'}"],
+        [*arguments, f"out={top / 'two'}"],
         ["val", str(top / "two"), f"out={top / 'both'}"],
     ]
     said = on_two_machines(commands, top / "commands.py")

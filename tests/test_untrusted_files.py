@@ -467,12 +467,15 @@ def test_trust(
         ["train", run, "--resume", "train.epochs=2"],
     ]
     if trust:
-        for words in commands:
-            assert cli.run([*(str(w) for w in words), "--trust"]) == 0, (words, capsys.readouterr().err)
+        for arguments in commands:
+            assert cli.run([*(str(argument) for argument in arguments), "--trust"]) == 0, (
+                arguments,
+                capsys.readouterr().err,
+            )
         return
-    for words in commands:
+    for arguments in commands:
         capsys.readouterr()
-        assert cli.run([str(w) for w in words]) == 2, words
+        assert cli.run([str(argument) for argument in arguments]) == 2, arguments
         said = capsys.readouterr().err
         assert "model.neck" in said
         assert "strange_parts:Neck" in said
@@ -517,15 +520,15 @@ def test_commands_open_no_connection(
 ) -> None:
     attempts: list[Any] = []
     for name in ("connect", "connect_ex", "sendto"):
-        monkeypatch.setattr(socket.socket, name, lambda _, *arguments: attempts.append(arguments))
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **_: attempts.append(arguments) or [])
-    for words in (
+        monkeypatch.setattr(socket.socket, name, lambda _, *received: attempts.append(received))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *received, **_: attempts.append(received) or [])
+    for arguments in (
         ["train", trained, f"out={tmp_path / 'run'}"],
         ["val", trained, f"out={tmp_path / 'val'}"],
         ["predict", trained, scenes / "val", f"out={tmp_path / 'predict'}"],
         ["doctor", f"data={scenes}"],
     ):
-        assert cli.run([str(word) for word in words]) == 0
+        assert cli.run([str(argument) for argument in arguments]) == 0
     assert attempts == []
     with socket.socket() as own:
         own.connect(("127.0.0.1", 9))
@@ -547,7 +550,7 @@ def watch(event, arguments):
 sys.addaudithook(watch)
 from fusedet import cli
 
-codes = [cli.run(words) for words in json.loads(sys.argv[1])]
+codes = [cli.run(arguments) for arguments in json.loads(sys.argv[1])]
 before = list(met)
 try:
     socket.create_connection(("127.0.0.1", 9), timeout=1)
@@ -563,7 +566,7 @@ def test_no_network_access(scenes: Path, tmp_path: Path) -> None:
     from shared_fixtures import SMALL
 
     run = tmp_path / "run"
-    words = [
+    arguments = [
         ["info", "retinanet_tiny", "--json"],
         ["train", "retinanet_tiny", f"data={scenes}", f"out={run}", *SMALL, "data.workers=1", "--json"],
         ["val", str(run), "--json"],
@@ -571,13 +574,13 @@ def test_no_network_access(scenes: Path, tmp_path: Path) -> None:
         ["doctor", f"data={scenes}", "--json"],
     ]
     done = subprocess.run(
-        [sys.executable, "-c", OFFLINE, json.dumps([[str(w) for w in one] for one in words])],
+        [sys.executable, "-c", OFFLINE, json.dumps([[str(w) for w in one] for one in arguments])],
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
     codes, before, met = json.loads(done.stdout.splitlines()[-1])
-    assert codes == [0] * len(words), done.stderr
+    assert codes == [0] * len(arguments), done.stderr
     assert before == []
     assert met != []

@@ -74,8 +74,8 @@ def test_no_gradient_is_kept():
 def watched(scenes, tmp_path_factory):
     """A run of the fixture `trained` with the validation loss."""
     out = tmp_path_factory.mktemp("watched") / "run"
-    words = ["train", "retinanet_tiny", f"data={scenes}", f"out={out}", *SMALL, "train.validation_loss=true"]
-    assert cli.run(words) == 0
+    arguments = ["train", "retinanet_tiny", f"data={scenes}", f"out={out}", *SMALL, "train.validation_loss=true"]
+    assert cli.run(arguments) == 0
     return out
 
 

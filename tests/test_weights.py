@@ -100,10 +100,10 @@ def mirrored(publish: Publish, published: bytes, tmp_path: Path, monkeypatch: py
     return weights
 
 
-def error_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """Print what a command line that fails prints; it is one line."""
     capsys.readouterr()
-    assert cli.run(list(words)) == 2
+    assert cli.run(list(arguments)) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     return error
@@ -153,9 +153,9 @@ def test_the_list_of_mmdetection() -> None:
 
 
 def test_weights_command(capsys: pytest.CaptureFixture[str], mirrored: PublishedWeights, cache: Path) -> None:
-    def run(*words: str) -> Any:
+    def run(*arguments: str) -> Any:
         capsys.readouterr()
-        assert cli.run(["weights", *words, "--json"]) == 0
+        assert cli.run(["weights", *arguments, "--json"]) == 0
         return json.loads(capsys.readouterr().out)
 
     rows = run("VFNet")["weights"]
@@ -177,22 +177,22 @@ def test_weights_command(capsys: pytest.CaptureFixture[str], mirrored: Published
 
 
 def test_unknown_names_have_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
-    for words in (
+    for arguments in (
         ["predict", __file__],
         ["val", "data=x"],
         ["export", "--format", "torch"],
         ["train", "data=x"],
         ["info"],
     ):
-        command, *rest = words
+        command, *rest = arguments
         error = error_of(capsys, command, "torchvision/fasterrcnn_resnet50_fpnv2", *rest)
         assert "did you mean 'torchvision/fasterrcnn_resnet50_fpn_v2'?" in error
 
 
 def test_a_source_that_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("fasterrcnn_resnet50_fpn_v2", "torchvison/fasterrcnn_resnet50_fpn_v2"):
-        for words in (["train", name, "data=x"], ["export", name, "--format", "torch"], ["config", name]):
-            assert "the published weights 'torchvision/fasterrcnn_resnet50_fpn_v2'?" in error_of(capsys, *words)
+        for arguments in (["train", name, "data=x"], ["export", name, "--format", "torch"], ["config", name]):
+            assert "the published weights 'torchvision/fasterrcnn_resnet50_fpn_v2'?" in error_of(capsys, *arguments)
 
 
 def test_a_file_of_that_name_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,13 +376,13 @@ def test_config_of_a_training(fetched: PublishedWeights, tmp_path: Path, resume:
 
 
 @pytest.mark.parametrize(
-    ("words", "text"), [(["data=nowhere"], "nowhere does not exist"), ([], "no data: add data=PATH")]
+    ("arguments", "text"), [(["data=nowhere"], "nowhere does not exist"), ([], "no data: add data=PATH")]
 )
 def test_nothing_is_fetched_for_a_training_without_data(
-    words: list[str], text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("fusedet.api.settings.weights_file", lambda *_: pytest.fail("fetched"))
-    assert text in error_of(capsys, "train", "torchvision/retinanet_resnet50_fpn", *words)
+    assert text in error_of(capsys, "train", "torchvision/retinanet_resnet50_fpn", *arguments)
 
 
 def test_a_training_starts_from_the_weights(fetched: PublishedWeights, scenes: Path) -> None:

@@ -79,8 +79,8 @@ def split_names(kind: str, names: str | Iterable[str], known: Iterable[str], *, 
         InputError: A name is not among the known ones.
     """
     known = list(known)
-    words = [names] if isinstance(names, str) else names
-    asked = [name.strip() for word in words for name in word.split(",") if name.strip()]
+    texts = [names] if isinstance(names, str) else names
+    asked = [name.strip() for text in texts for name in text.split(",") if name.strip()]
     for name in asked:
         if name not in known:
             raise unknown(kind, name, known, of=of)

@@ -17,8 +17,8 @@ pytestmark = pytest.mark.soak
 def test_training(capsys: pytest.CaptureFixture[str], tmp_path: Path, kind: Kind) -> None:
     root, out = write_dataset(tmp_path / "data", kind.dataset_format), tmp_path / "out"
     kind.corrupt(root)
-    words = ["train", "retinanet_tiny", f"data={root}", *SMALL]
-    code = cli.run([*words, f"out={out}"])
+    arguments = ["train", "retinanet_tiny", f"data={root}", *SMALL]
+    code = cli.run([*arguments, f"out={out}"])
     printed = capsys.readouterr()
     if kind.refused:
         assert code == 2, printed.err
@@ -34,6 +34,7 @@ def test_training(capsys: pytest.CaptureFixture[str], tmp_path: Path, kind: Kind
         assert (out / "best.safetensors").is_file()
     if kind.replaced:
         assert (
-            cli.run([*words, f"out={tmp_path / 'around'}", "train.on_bad_image=skip", "train.max_bad_images=0.2"]) == 0
+            cli.run([*arguments, f"out={tmp_path / 'around'}", "train.on_bad_image=skip", "train.max_bad_images=0.2"])
+            == 0
         )
         assert "1 training image was replaced once" in capsys.readouterr().out

@@ -29,11 +29,11 @@ RECIPES = {
 
 
 def kill(scenes: Path, tmp_path: Path, name: str, processes: int, *options: str) -> None:
-    words = ["train", f"{name}_tiny", f"data={scenes}", *COMMON, *options]
+    arguments = ["train", f"{name}_tiny", f"data={scenes}", *COMMON, *options]
     if name in ONE_STAGE:
-        words += ["model.head.convs=1", "model.head.norm=false"]
-    whole = undisturbed(words, tmp_path / "whole", processes)
-    assert len(killed_at_random(words, whole, tmp_path, 10, secrets.randbits(32), processes)) == 10
+        arguments += ["model.head.convs=1", "model.head.norm=false"]
+    whole = undisturbed(arguments, tmp_path / "whole", processes)
+    assert len(killed_at_random(arguments, whole, tmp_path, 10, secrets.randbits(32), processes)) == 10
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

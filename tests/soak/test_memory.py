@@ -36,9 +36,9 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def test_training_of_2000_steps(run_folder: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     data, out = run_folder
-    words = ["train", "retinanet_tiny", f"data={data}", f"out={out}", *SMALL]
-    words += ["data.workers=1", "train.batch=2", "train.epochs=20", "train.validate_every=5", "--json"]
-    taken = of_command("loss", 5, words)
+    arguments = ["train", "retinanet_tiny", f"data={data}", f"out={out}", *SMALL]
+    arguments += ["data.workers=1", "train.batch=2", "train.epochs=20", "train.validate_every=5", "--json"]
+    taken = of_command("loss", 5, arguments)
     fit = line(taken[:, 0], taken[:, 2])
     with capsys.disabled():
         print(f"\ntraining, {taken[-1, 0]} steps: {fit} steps; {taken[-1, 2] / MIB:.0f} MiB at the end")
@@ -57,7 +57,7 @@ def test_prediction_of_20000_images(
     for i in range(20_000):
         one = images[i % len(images)]
         os.link(one, tmp_path / "many" / f"{i:05d}{one.suffix}")
-    words = [
+    arguments = [
         "predict",
         out,
         tmp_path / "many",
@@ -66,7 +66,7 @@ def test_prediction_of_20000_images(
         "test.batch=4",
         "--json",
     ]
-    taken = of_command("detect", 25, words)
+    taken = of_command("detect", 25, arguments)
     fit = line(taken[:, 1], taken[:, 2])
     with capsys.disabled():
         print(f"\nprediction, {taken[-1, 1]} images: {fit} images; {taken[-1, 2] / MIB:.0f} MiB at the end")

@@ -190,8 +190,8 @@ def ablate(
         "--launcher": [launcher] if launcher != "local" else [],
         "--resamples": [resamples],
     }
-    words = [word for key, values in options.items() for value in values for word in (key, str(value))]
-    command = ("fusedet", "ablate", str(table), *texts, *words)
+    arguments = [text for key, values in options.items() for value in values for text in (key, str(value))]
+    command = ("fusedet", "ablate", str(table), *texts, *arguments)
     launch = experiment.LaunchOptions(seconds, launcher, parallel, dict(map(_parse_pair, slurm)), resamples, command)
     result, files = experiment.run_plan(made, launch, say=say, quiet=quiet)
     return AblationResult(result, made.out, files)

@@ -80,7 +80,7 @@ def cam(
     texts = refuse_other_keys(to_overrides(overrides, settings), *SETTABLE, "device", "out")
     options, of_model = split_overrides(texts, "device", "out")
     images = Sources([str(sources)] if isinstance(sources, (str, Path)) else map(str, sources))
-    if not images.words:
+    if not images.arguments:
         raise InputError("which images? Write fusedet cam RUN IMAGE..., files, directories or globs")
     for part in only:
         if part not in PARTS:

@@ -25,20 +25,20 @@ class Sources:
     not followed.
 
     Args:
-        words: The sources.
+        arguments: The sources, as a command takes them.
         kinds: Which files: by their extensions videos, and all others as images.
 
     Raises:
         InputError: A source does not exist or holds no such file.
     """
 
-    def __init__(self, words: Iterable[str], kinds: tuple[Kind, ...] = ("image",)) -> None:
-        self.words, self.kinds = tuple(words), kinds
-        self._sources = [_source(word, kinds) for word in self.words]
-        for word, source in zip(self.words, self._sources):
+    def __init__(self, arguments: Iterable[str], kinds: tuple[Kind, ...] = ("image",)) -> None:
+        self.arguments, self.kinds = tuple(arguments), kinds
+        self._sources = [_source(argument, kinds) for argument in self.arguments]
+        for argument, source in zip(self.arguments, self._sources):
             if next(filter(self._is_kind, source), None) is None:
                 left_out = describe_left_out(self.count_left_out())
-                raise InputError(f"{word} matches no {' or '.join(kinds)}{f': {left_out}' if left_out else ''}")
+                raise InputError(f"{argument} matches no {' or '.join(kinds)}{f': {left_out}' if left_out else ''}")
 
     def __iter__(self) -> Iterator[Path]:
         for i, source in enumerate(self._sources):
@@ -123,20 +123,20 @@ class _List:
 _ALL = ("**",)
 
 
-def _source(word: str, kinds: Iterable[Kind]) -> _File | _Glob | _List:
-    path = Path(word)
-    if word and path.is_dir():  # "" is no folder, but Path("") is the current one
+def _source(argument: str, kinds: Iterable[Kind]) -> _File | _Glob | _List:
+    path = Path(argument)
+    if argument and path.is_dir():  # "" is no folder, but Path("") is the current one
         return _Glob(path, _ALL)
     if path.is_file():
         return _File(path)
-    if word.startswith("@"):
-        if not Path(word[1:]).is_file():
+    if argument.startswith("@"):
+        if not Path(argument[1:]).is_file():
             raise InputError(
-                f"there is no list {word[1:]}: write @FILE, a text file with the path of an image in each line"
+                f"there is no list {argument[1:]}: write @FILE, a text file with the path of an image in each line"
             )
-        return _List(Path(word[1:]))
-    if not any(c in word for c in "*?["):
-        raise InputError(f"there is no {', '.join(kinds)}, folder or pattern {word or repr(word)}")
+        return _List(Path(argument[1:]))
+    if not any(c in argument for c in "*?["):
+        raise InputError(f"there is no {', '.join(kinds)}, folder or pattern {argument or repr(argument)}")
     magic = next(i for i, part in enumerate(path.parts) if any(c in part for c in "*?["))
     return _Glob(Path(*path.parts[:magic]), path.parts[magic:])
 

@@ -24,7 +24,7 @@ COCO_CLASSES = 80
 
 
 def require_known_source(source: str | Path) -> None:
-    """Check a word where a run, a checkpoint or a config may stand.
+    """Check that a source may be a run, a checkpoint or a config.
 
     Raises:
         InputError: It is no path and no config; the sentence offers the published weights or config that was meant.

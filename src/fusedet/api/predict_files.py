@@ -142,16 +142,18 @@ def predict(
     if options.out is None and (world > 1 or resume):
         needed = "several processes need" if world > 1 else "--resume needs"
         raise InputError(f"{needed} a known output directory: add out=DIR")
-    words = [str(sources)] if isinstance(sources, (str, Path)) else list(map(str, sources))
-    if not words:
+    arguments = [str(sources)] if isinstance(sources, (str, Path)) else list(map(str, sources))
+    if not arguments:
         raise InputError("which images? Write fusedet predict RUN SOURCE..., files, directories, globs, @FILE or -")
-    if "-" in words and world > 1:
+    if "-" in arguments and world > 1:
         raise InputError("several processes cannot share standard input: write the list to a file, and give @FILE")
     part = Part.parse(every, start, end)
     with ExitStack() as stack:
-        paths = [_store_stdin(stack) if word == "-" else word for word in words if not is_stream(word)]
+        paths = [
+            _store_stdin(stack) if argument == "-" else argument for argument in arguments if not is_stream(argument)
+        ]
         files = Sources(paths, ("image", "video"))
-        images, videos = files.only("image"), [*files.only("video"), *filter(is_stream, words)]
+        images, videos = files.only("image"), [*files.only("video"), *filter(is_stream, arguments)]
         _check_videos(len(videos), part, track, world, resume)
         device = options.device if find_export(run) else str(select_device(options.device))
         predictor = load(run, *of_model, device=device, precision=precision, trust=trust)

@@ -19,13 +19,13 @@ FORMATS = ("coco", "csv", "yolo")
 COLUMNS = ("file", "width", "height", "class", "category_id", "score", "x1", "y1", "x2", "y2")
 
 
-def parse_formats(words: Iterable[str]) -> tuple[str, ...]:
-    """Return formats given as words or as lists joined by commas, each once; COCO's json is always among them.
+def parse_formats(names: Iterable[str]) -> tuple[str, ...]:
+    """Return formats, given by name or as names joined by commas, each once; COCO's json is always among them.
 
     Raises:
         InputError: A format is unknown.
     """
-    return tuple(split_names("format", ["coco", *words], FORMATS, of="--save"))
+    return tuple(split_names("format", ["coco", *names], FORMATS, of="--save"))
 
 
 @dataclass(frozen=True)

@@ -97,9 +97,9 @@ def _describe_origin(
 
 def _format_command(command: Sequence[str]) -> str:
     """Return a command as it can be given again, without the path of the program."""
-    name, *words = map(str, command)
+    name, *arguments = map(str, command)
     program = "fusedet" if Path(name).name in ("__main__.py", "fusedet") else name
-    return shlex.join([program, *words])
+    return shlex.join([program, *arguments])
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -22,15 +22,15 @@ JOINT_COMMANDS = ("train", "val")
 
 def run(arguments: list[str] | None = None) -> int:
     """Run a command line, by default that of `sys.argv`, and return its exit code."""
-    words = sys.argv[1:] if arguments is None else arguments
-    command, name = words[:1], "fusedet"
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command, name = arguments[:1], "fusedet"
     called: Any = get_command(app)
-    if words[1:] in (["--help"], ["-h"]) and words[0] in called.commands:
+    if arguments[1:] in (["--help"], ["-h"]) and arguments[0] in called.commands:
         # the application has options whose values are converted first, by pydantic: it takes as long as the rest
-        called, name, words = called.commands[words[0]], f"fusedet {words[0]}", words[1:]
+        called, name, arguments = called.commands[arguments[0]], f"fusedet {arguments[0]}", arguments[1:]
     try:
-        return int(called.main(words, prog_name=name, standalone_mode=False, **COMMON["context_settings"]) or 0)
-    except USAGE_ERROR as error:  # typer words a wrong choice as a "Value error"
+        return int(called.main(arguments, prog_name=name, standalone_mode=False, **COMMON["context_settings"]) or 0)
+    except USAGE_ERROR as error:  # typer reports a wrong choice as a "Value error"
         return _report(error.format_message().replace("Value error, ", ""), error.exit_code, command)
     except InputError as error:
         return _report(str(error), error.exit_code, command)

@@ -1,4 +1,4 @@
-"""The command `benchmark`: turns its words into a call of `fusedet.api` and prints the result."""
+"""The command `benchmark`: turns its arguments into a call of `fusedet.api` and prints the result."""
 
 from typing import Annotated, Any
 
@@ -11,7 +11,7 @@ from fusedet.cli.commands import USE
 
 @cli.command("benchmark", "benchmark runs/a", "benchmark runs/a runs/a/export --size 800,1216", USE)
 def benchmark(
-    words: Annotated[
+    arguments: Annotated[
         list[str] | None,
         Argument(metavar="RUN|KEY=VALUE", help="Runs, checkpoints, published weights, configs, exports; settings."),
     ] = None,
@@ -32,7 +32,7 @@ def benchmark(
     temporary directory, unless an exported model is given too. Results go to out=DIR, by default to benchmark in the
     run directory.
     """
-    sources, settings = cli.split_words(words)
+    sources, settings = cli.split_arguments(arguments)
     options: dict[str, Any] = {"size": cli.split_sides(size), "runs": runs, "trust": trust, "say": cli.err.print}
     options |= {"batch": cli.split_numbers(batch, "--batch", "numbers of images, such as 1,8")}
     options |= {} if formats is None else {"formats": formats}

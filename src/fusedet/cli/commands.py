@@ -1,4 +1,4 @@
-"""The commands: each turns its words into a call of `fusedet.api` and prints the result."""
+"""The commands: each turns its arguments into a call of `fusedet.api` and prints the result."""
 
 import shlex
 import sys
@@ -18,7 +18,7 @@ Resamples = Annotated[int, Option(help="Bootstrap draws of the images.", min=40,
     "train", "train retinanet_r50 data=coco out=runs/a", "train runs/a --resume", TRAIN, cls=cli.SettingsCommand
 )
 def train(
-    words: cli.ConfigAndSettings = None,
+    arguments: cli.ConfigAndSettings = None,
     resume: Annotated[bool, Option("--resume", help="Continue the given run, or the run in out=DIR.")] = False,
     trust: cli.Trust = False,
     json: cli.Json = False,
@@ -28,7 +28,7 @@ def train(
     data=PATH is in COCO, VOC, YOLO or another format of docs/data.md. Weights, metrics, plots and the page report.html
     go to out=DIR, by default runs/CONFIG.
     """
-    name, settings = cli.split_config(words)
+    name, settings = cli.split_config(arguments)
     result = fusedet.train(name, *settings, resume=resume, trust=trust, say=cli.console(json).print, quiet=json)
     if result.metrics:
         cli.show(result, json, *cli.list_steps_after("train", result.out, trust=trust))
@@ -40,7 +40,7 @@ def val(
     source: Annotated[
         str, Argument(metavar="RUN", help="Run directory, checkpoint, published weights or results (.json).")
     ],
-    words: cli.Settings = None,
+    arguments: cli.Settings = None,
     split: Split = None,
     voc: Annotated[bool, Option("--voc", help="Compute VOC's AP too; for VOC data it always is.")] = False,
     evaluator: Annotated[
@@ -58,7 +58,7 @@ def val(
     The data are the run's own or data=PATH. Results, metrics, plots and the page report.html go to out=DIR, by default
     RUN/val-SPLIT.
     """
-    settings = cli.settings_only(words, "val takes one run, checkpoint or results file")
+    settings = cli.settings_only(arguments, "val takes one run, checkpoint or results file")
     if tiles_help:
         cli.refuse_other_options(context, "--tiles-help", "tiles_help", "split", "resamples", "trust", "json")
         own: dict[str, Any] = {"split": split, "resamples": resamples, "trust": trust}
@@ -77,7 +77,7 @@ def val(
 
 @cli.command("demo", "demo", "demo --images 200 train.seed=1 out=small_demo", TRAIN)
 def demo(
-    words: cli.Settings = None,
+    arguments: cli.Settings = None,
     images: Annotated[int, Option(help="Images to generate.", min=10)] = 800,
     json: cli.Json = False,
 ) -> None:
@@ -85,7 +85,7 @@ def demo(
 
     Nothing is downloaded. Data, run and drawn predictions go to out=DIR, by default demo.
     """
-    settings = cli.settings_only(words, "demo takes no config")
+    settings = cli.settings_only(arguments, "demo takes no config")
     result = fusedet.demo(*settings, images=images, say=cli.console(json).print, quiet=json)
     steps = cli.list_steps_after("val", result.out / "run", shlex.quote(str(result.out / "data" / "val")))
     own = "fusedet train retinanet_r18_small data=PATH out=runs/mine  # your data: COCO, VOC, YOLO, ..."
@@ -95,7 +95,7 @@ def demo(
 @cli.command("predict", "predict runs/a street.jpg images/", "predict runs/a street.mp4 --from 1:30 --track", USE)
 def predict(
     run: cli.Run,
-    words: cli.ImagesAndVideos = None,
+    arguments: cli.ImagesAndVideos = None,
     score: Annotated[float, Option(help="Least score of the boxes drawn; the json holds all.")] = 0.3,
     precision: Annotated[Literal["fp32", "bf16"], Option(help="Floating-point format.")] = "fp32",
     draw: Annotated[bool, Option(help="Draw the boxes on copies of the images.")] = True,
@@ -116,7 +116,7 @@ def predict(
     Predictions go to out=DIR, by default predict in the run directory: of images in COCO's format, of videos as JSON
     lines. test.batch images are predicted at once, and data.workers threads read images ahead.
     """
-    sources, settings = cli.split_words(words)
+    sources, settings = cli.split_arguments(arguments)
     options: dict[str, Any] = {"score": score, "precision": precision, "draw": draw, "resume": resume, "trust": trust}
     options |= {"on_bad_image": on_bad_image, "jsonl": jsonl, "crops": crops, "save": save or ()}
     options |= {"every": every, "start": start, "end": end, "track": track}
@@ -128,7 +128,7 @@ def predict(
 @cli.command("export", "export runs/a", "export runs/a --format onnx,openvino --size 800,1216 out=exported", USE)
 def export(
     source: Annotated[str, Argument(metavar="RUN", help="Run directory, checkpoint, published weights or config.")],
-    words: cli.Settings = None,
+    arguments: cli.Settings = None,
     formats: Annotated[str, Option("--format", help="torch, onnx, openvino; several with commas.")] = "onnx",
     size: Annotated[str | None, Option(metavar="H,W", help="A fixed input size, multiples of 32.")] = None,
     dynamic: Annotated[bool, Option("--dynamic", help="Any input size; the default without --size.")] = False,
@@ -150,7 +150,7 @@ def export(
     Each file is compared with PyTorch on several images; one that differs is not written. Files, their description and
     an example script go to out=DIR, by default to export in the run directory.
     """
-    settings = cli.settings_only(words, "export takes one run, checkpoint or config")
+    settings = cli.settings_only(arguments, "export takes one run, checkpoint or config")
     options: dict[str, Any] = {"formats": formats, "size": cli.split_sides(size), "dynamic": dynamic, "batch": batch}
     options |= {"precision": precision, "opset": opset, "raw": raw, "trust": trust, "say": cli.err.print}
     options |= {"aot": aot, "calibrate": calibrate, "calibration_images": calibration_images, "max_drop": max_drop}
@@ -162,7 +162,7 @@ def export(
 
 @cli.command("info", "info", "info retinanet_r50 model.neck=bifpn", USE)
 def info(
-    words: cli.ConfigAndSettings = None,
+    arguments: cli.ConfigAndSettings = None,
     classes: Annotated[int | None, Option(help="Number of classes, by default the run's own, else 80.")] = None,
     trust: cli.Trust = False,
     json: cli.Json = False,
@@ -172,13 +172,13 @@ def info(
     The model is that of a config, a run directory or a checkpoint. Without CONFIG all shipped configs and schedules are
     listed.
     """
-    name, settings = cli.split_config(words)
+    name, settings = cli.split_config(arguments)
     cli.show(fusedet.info(name, *settings, classes=classes, trust=trust), json)
 
 
 @cli.command("config", "config retinanet_r50 model.neck=bifpn > mine.yaml", "config --schema > schema.json", USE)
 def config(
-    words: cli.ConfigAndSettings = None,
+    arguments: cli.ConfigAndSettings = None,
     schema: Annotated[bool, Option("--schema", help="Print the JSON schema of configs, for editors, instead.")] = False,
 ) -> None:
     """Print a config as YAML.
@@ -189,15 +189,15 @@ def config(
     from fusedet.api.train_inputs import resolve_checked_config
     from fusedet.config import read_schema
 
-    name, settings = cli.split_config(words)
-    if schema and words:
+    name, settings = cli.split_config(arguments)
+    if schema and arguments:
         raise fusedet.InputError("config --schema takes no config and no settings: it is the schema of all configs")
     sys.stdout.write(read_schema("schema") if schema else resolve_checked_config(name, settings).to_yaml())
 
 
 @cli.command("weights", "weights vfnet", "weights get torchvision/fasterrcnn_resnet50_fpn_v2", USE)
 def weights(
-    words: Annotated[
+    arguments: Annotated[
         list[str] | None, Argument(metavar="[FILTER]|get NAME|where NAME", help="A part of names; or what to do.")
     ] = None,
     json: cli.Json = False,
@@ -207,7 +207,7 @@ def weights(
     Each name can stand where a run or checkpoint can, and is fetched when it is used first. FILTER is a part of a name,
     family, backbone or dataset; "get NAME" fetches the weights now; "where NAME" says where they are kept.
     """
-    first, *rest = words or [""]
+    first, *rest = arguments or [""]
     if first in ("get", "where"):
         if len(rest) != 1:
             raise fusedet.InputError(f"weights {first} takes one name, such as fusedet weights {first} {cli.EXAMPLE}")
@@ -221,7 +221,7 @@ def weights(
 def compare(
     a: Annotated[str, Argument(metavar="RUN_A", help="Baseline: run directory, published weights or results (.json).")],
     b: Annotated[str, Argument(metavar="RUN_B", help="The same; compared with the baseline.")],
-    words: cli.Settings = None,
+    arguments: cli.Settings = None,
     split: Split = None,
     resamples: Resamples = 1000,
     bootstrap_seed: Annotated[int, Option(help="Seed of the draws.", min=0, rich_help_panel="Statistics")] = 0,
@@ -231,7 +231,7 @@ def compare(
 
     Their stored results on the same images give B - A with intervals over images, and the error breakdown.
     """
-    settings = cli.settings_only(words, f"two runs are compared, {a} and {b}")
+    settings = cli.settings_only(arguments, f"two runs are compared, {a} and {b}")
     result = fusedet.compare(a, b, *settings, split=split, resamples=resamples, bootstrap_seed=bootstrap_seed)
     cli.show(result, json)
 
@@ -240,7 +240,7 @@ def compare(
 def ablate(
     context: Context,
     table: Annotated[str | None, Argument(metavar="TABLE", help="A shipped table or a YAML file.")] = None,
-    words: cli.Settings = None,
+    arguments: cli.Settings = None,
     seeds: Annotated[int, Option(help="Trainings of each row.", min=1)] = 3,
     rows: Annotated[list[str] | None, Option(metavar="LABEL,...", help="Rows to run, by default all.")] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Check only; with data=PATH estimate the time too.")] = False,
@@ -266,7 +266,7 @@ def ablate(
             raise fusedet.InputError("ablate --schema takes no table and no settings: it is the schema of all tables")
         sys.stdout.write(read_schema("ablation_schema"))
         return None
-    settings = cli.settings_only(words, f"one table at a time, {table}")
+    settings = cli.settings_only(arguments, f"one table at a time, {table}")
     options: dict[str, Any] = {"seeds": seeds, "say": cli.console(json).print}
     if power:
         cli.refuse_other_options(context, "--power", "power", "seeds", "resamples", "json")
@@ -283,7 +283,7 @@ def ablate(
 @cli.command("cam", "cam runs/a street.jpg", "cam runs/a images/ --beside runs/b --class car", COMPARE)
 def cam(
     run: cli.Run,
-    words: cli.Sources = None,
+    arguments: cli.Sources = None,
     beside: Annotated[str | None, Option(metavar="RUN_B", help="A second run, drawn in the same colors.")] = None,
     class_name: Annotated[str | None, Option("--class", help="By default that of the best detection.")] = None,
     score: Annotated[float, Option(help="Least score of a detection.")] = 0.3,
@@ -296,6 +296,6 @@ def cam(
 
     The maps are drawn level by level, before and after each module, into out=DIR, by default RUN/cam.
     """
-    sources, settings = cli.split_words(words)
+    sources, settings = cli.split_arguments(arguments)
     options: dict[str, Any] = {"beside": beside, "class_name": class_name, "score": score, "only": only or ()}
     cli.show(fusedet.cam(run, sources, *settings, **options, best_only=best, trust=trust), json)

@@ -121,22 +121,22 @@ def _format_settings(width: int) -> str:
     return "\n".join(lines)
 
 
-def split_words(words: Iterable[str] | None) -> tuple[list[str], list[str]]:
-    """Return the words that are no settings, and the settings (key=value); the name of a file is no setting."""
-    words = list(words or ())
-    settings = [word for word in words if re.match(r"[\w.\[\]]+=", word) and not Path(word).exists()]
-    return [word for word in words if word not in settings], settings
+def split_arguments(arguments: Iterable[str] | None) -> tuple[list[str], list[str]]:
+    """Return the arguments that are no settings, and the settings (key=value); the name of a file is no setting."""
+    arguments = list(arguments or ())
+    settings = [text for text in arguments if re.match(r"[\w.\[\]]+=", text) and not Path(text).exists()]
+    return [text for text in arguments if text not in settings], settings
 
 
-def split_config(words: Iterable[str] | None) -> tuple[str | None, list[str]]:
+def split_config(arguments: Iterable[str] | None) -> tuple[str | None, list[str]]:
     """Return the config, if one is named, and the settings, in any order."""
-    names, settings = split_words(words)
+    names, settings = split_arguments(arguments)
     return (names[0] if names else None), [*settings, *settings_only(names[1:], "one config at a time")]
 
 
-def settings_only(words: Iterable[str] | None, context: str) -> list[str]:
-    """Return the settings; raise InputError for any other word. `context` says what the command takes."""
-    others, settings = split_words(words)
+def settings_only(arguments: Iterable[str] | None, context: str) -> list[str]:
+    """Return the settings; raise InputError for any other argument. `context` says what the command takes."""
+    others, settings = split_arguments(arguments)
     if others:
         raise InputError(f"{others[0]} is one too many: {context}; settings are written key=value")
     return settings
@@ -196,7 +196,7 @@ def list_steps_after(step: str, run: object, images: str = "IMAGE_OR_DIR...", tr
     Args:
         step: The command that was run: train, val or predict.
         run: A run directory, a checkpoint, published weights or an exported model.
-        images: What can be predicted, as shell words.
+        images: What can be predicted, as shell arguments.
         trust: Whether `run` needs --trust.
     """
     from fusedet.exporters import find_export

@@ -18,7 +18,7 @@ Target = Annotated[str, Argument(metavar="TARGET", help="The new directory.")]
 def convert_data(
     source: Source,
     target: Target,
-    words: cli.Settings = None,
+    arguments: cli.Settings = None,
     to: Annotated[Literal["coco", "voc", "yolo"], Option(help="The format.")] = ...,  # type: ignore[assignment]
     split: Annotated[list[str] | None, Option(help="A split to write, by default all; may be repeated.")] = None,
     link: Annotated[bool, Option("--link", help="Make hard links to the images instead of copies.")] = False,
@@ -29,7 +29,7 @@ def convert_data(
     The splits of SOURCE whose files exist are written to the new directory TARGET. Boxes keep their values.
     data.classes and data.rename select classes, and data.val=0.2 holds out a share of the images.
     """
-    settings = cli.settings_only(words, "convert data takes SOURCE and TARGET")
+    settings = cli.settings_only(arguments, "convert data takes SOURCE and TARGET")
     result = fusedet.convert_dataset(source, target, to, *settings, splits=split, link=link)
     cli.show(result, json, result.next_command)
 
@@ -38,7 +38,7 @@ def convert_data(
 def convert_weights(
     source: Source,
     target: Target,
-    words: cli.Settings = None,
+    arguments: cli.Settings = None,
     config: Annotated[str | None, Option(help="MMDetection's config file, or a config of fusedet.")] = None,
     json: cli.Json = False,
 ) -> None:
@@ -46,6 +46,8 @@ def convert_weights(
 
     TARGET is a new run directory. The model is inferred from the checkpoint unless --config names it.
     """
-    settings = cli.settings_only(words, "convert weights takes SOURCE and TARGET, and the config as --config CONFIG")
+    settings = cli.settings_only(
+        arguments, "convert weights takes SOURCE and TARGET, and the config as --config CONFIG"
+    )
     result = fusedet.convert_weights(source, target, *settings, config=config)
     cli.show(result, json, *cli.list_steps_after("val", target))

@@ -11,7 +11,7 @@ from fusedet.cli.commands import DATA, Split
 
 @cli.command("doctor", "doctor data=data/coco", "doctor data=data/voc data.size=[600,1000] --no-images", DATA)
 def doctor(
-    words: cli.ConfigAndSettings = None,
+    arguments: cli.ConfigAndSettings = None,
     images: Annotated[bool, Option(help="Decode every image, not only read the annotations.")] = True,
     report: Annotated[str | None, Option(metavar="FILE.html", help="Write a page with histograms and images.")] = None,
     json: cli.Json = False,
@@ -21,7 +21,7 @@ def doctor(
     Counts what data=PATH holds, lists errors and warnings, and ends with a summary, the worst first. The exit code is 1
     if a training would stop.
     """
-    name, settings = cli.split_config(words)
+    name, settings = cli.split_config(arguments)
     options: dict[str, Any] = {"read_images": images, "report": report, "progress": cli.console(json)}
     result = fusedet.check_dataset(*settings, config=name, **options)
     cli.show(result, json, *([f"page: {report}"] if report else []))
@@ -30,7 +30,7 @@ def doctor(
 
 @cli.command("browse", "browse data=data/coco out=images.png", "browse data=data/coco --centers", DATA)
 def browse(
-    words: cli.ConfigAndSettings = None,
+    arguments: cli.ConfigAndSettings = None,
     split: Split = None,
     images: Annotated[int | None, Option(help="Number of images, by default 16.", min=1)] = None,
     epoch: Annotated[int | None, Option(help="Epoch whose data augmentation is shown, by default 0.", min=0)] = None,
@@ -41,5 +41,5 @@ def browse(
 
     Images of data=PATH with their boxes, resized and augmented, go to one image file, out=FILE.png.
     """
-    name, settings = cli.split_config(words)
+    name, settings = cli.split_config(arguments)
     cli.show(fusedet.browse(*settings, config=name, split=split, images=images, epoch=epoch, centers=centers), json)

@@ -1,4 +1,4 @@
-"""The command `app`: turns its words into a call of `fusedet.serve_app`."""
+"""The command `app`: turns its arguments into a call of `fusedet.serve_app`."""
 
 from typing import Annotated, Any
 
@@ -14,7 +14,7 @@ def app(
     run: Annotated[
         str, Argument(metavar="RUN", help="Run directory, checkpoint, published weights or exported model.")
     ],
-    words: Annotated[
+    arguments: Annotated[
         list[str] | None, Argument(metavar="RUN_B|KEY=VALUE", help="A second model beside it; settings.")
     ] = None,
     port: Annotated[int, Option(help="Port; 0 takes a free one.", min=0, max=65535, rich_help_panel="Server")] = 8000,
@@ -38,7 +38,7 @@ def app(
     Drop an image on the page to see boxes, scores, masks and heat maps, of two models side by side if a second one is
     given. Only this machine reaches it unless --host says otherwise. Needs the extra "app". Ctrl-C ends it.
     """
-    seconds, settings = cli.split_words(words)
+    seconds, settings = cli.split_arguments(arguments)
     cli.settings_only(seconds[1:], "app takes one model or two")
     options: dict[str, Any] = {"host": host, "port": port, "allowed_hosts": allow_host or (), "queue": queue}
     options |= {"beside": seconds[0] if seconds else None, "max_size_mb": max_size_mb, "examples": examples}

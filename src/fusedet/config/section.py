@@ -118,8 +118,8 @@ def describe_range(field: FieldInfo) -> str:
     limits = get_limits(field)
     if "ge" in limits and "le" in limits:
         return f"{limits['ge']} to {limits['le']}"
-    words = {"gt": "above {}", "ge": "{} or more", "lt": "below {}", "le": "at most {}"}
-    return " and ".join(text.format(limits[name]) for name, text in words.items() if name in limits)
+    templates = {"gt": "above {}", "ge": "{} or more", "lt": "below {}", "le": "at most {}"}
+    return " and ".join(text.format(limits[name]) for name, text in templates.items() if name in limits)
 
 
 def plain(value: Any) -> Any:

@@ -54,8 +54,8 @@ def _settings(section: type[Declaration]) -> Iterator[Setting]:
 
 def _describe_type(hint: Any) -> str:
     members = [member for member in union_members(hint) if member is not NoneType]
-    words = [_describe_member(member) for member in members]
-    return " or ".join(words + ["null"] * (NoneType in union_members(hint)))
+    texts = [_describe_member(member) for member in members]
+    return " or ".join(texts + ["null"] * (NoneType in union_members(hint)))
 
 
 def _describe_member(hint: Any) -> str:

@@ -39,10 +39,10 @@ def seed(number: int) -> None:
 
 def seed_from(*numbers: int) -> None:
     """Seed all generators with states that are a function of these numbers."""
-    words = np.random.SeedSequence(numbers).generate_state(3)
-    random.seed(int(words[0]))
-    np.random.seed(int(words[1]))
-    torch.manual_seed(int(words[2]))
+    states = np.random.SeedSequence(numbers).generate_state(3)
+    random.seed(int(states[0]))
+    np.random.seed(int(states[1]))
+    torch.manual_seed(int(states[2]))
 
 
 @contextlib.contextmanager

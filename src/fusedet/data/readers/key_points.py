@@ -28,11 +28,11 @@ def read_key_point_values(data: Mapping[str, Any], file: Path) -> int | None:
     return int(shape[0]) * int(shape[1])
 
 
-def require_key_points(words: int, key_points: int, where: str) -> None:
+def require_key_points(count: int, key_points: int, where: str) -> None:
     """Raise InputError for a line that does not hold the class, a box and all key points."""
-    if words != 5 + key_points:
+    if count != 5 + key_points:
         raise InputError(
-            f"{where}: {words} values, but with kpt_shape a line is 'class cx cy w h' and {key_points} values of key "
+            f"{where}: {count} values, but with kpt_shape a line is 'class cx cy w h' and {key_points} values of key "
             f"points, {5 + key_points} in all"
         )
 

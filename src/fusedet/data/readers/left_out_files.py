@@ -87,15 +87,15 @@ def _is_label_file(path: str, may_be_empty: bool) -> bool:
     """Return whether a text file holds YOLO labels: other texts, like lists of classes, may lie beside them."""
     try:
         with open(path, encoding="utf-8-sig") as file:
-            words = next((line for line in file if line.strip()), "").split()
-        return all(map(_is_number, words)) and (len(words) >= 5 or (may_be_empty and not words))
+            values = next((line for line in file if line.strip()), "").split()
+        return all(map(_is_number, values)) and (len(values) >= 5 or (may_be_empty and not values))
     except (OSError, UnicodeDecodeError):
         return False
 
 
-def _is_number(word: str) -> bool:
+def _is_number(text: str) -> bool:
     try:
-        parse_number(word)
+        parse_number(text)
     except ValueError:
         return False
     return True

@@ -282,21 +282,21 @@ def _read_list(list_file: Path, root: Path) -> list[str]:
 def _parse_lines(file: Path, key_points: int | None) -> Iterator[tuple[int, list[float], str]]:
     """Yield the class number, the values and the position of each line of a label file."""
     for count, line in enumerate(read_text(file).splitlines(), 1):
-        words = line.split()
-        if not words:
+        texts = line.split()
+        if not texts:
             continue
         where = f"{file}, line {count}"
         try:
-            number, *values = map(parse_number, words)
+            number, *values = map(parse_number, texts)
         except ValueError as error:
             raise InputError(f"{where}: {line[:60]!r} holds something that is not a number") from error
         if not number.is_integer():
-            raise InputError(f"{where}: the class must be a whole number, not {words[0][:20]}")
+            raise InputError(f"{where}: the class must be a whole number, not {texts[0][:20]}")
         if key_points:
-            require_key_points(len(words), key_points, where)
+            require_key_points(len(texts), key_points, where)
         elif len(values) != 4 and (len(values) < 6 or len(values) % 2):
             raise InputError(
-                f"{where}: {len(words)} values, but a line is 'class cx cy w h' or 'class x1 y1 x2 y2 x3 y3 ...', and "
+                f"{where}: {len(texts)} values, but a line is 'class cx cy w h' or 'class x1 y1 x2 y2 x3 y3 ...', and "
                 "key points need kpt_shape in the yaml"
             )
         yield int(number), values, where
