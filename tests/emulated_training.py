@@ -81,7 +81,7 @@ def load_last(path: Path) -> dict[str, Tensor]:
 
 
 def run_evaluation() -> dict[str, Any]:
-    """Find the detections of batches of 2 and 3 images as an evaluation does, without and with a flipped view."""
+    """Find the detections of batches of 2 and 3 images as an evaluation does, without and with a flipped copy."""
     waits: dict[str, dict[int, int]] = {}
     differences: dict[str, float] = {}
     lines: dict[str, list[str]] = {}
@@ -90,7 +90,7 @@ def run_evaluation() -> dict[str, Any]:
         batches = {n: make_batch(n) for n in (2, 3)}
         for n, batch in batches.items() if flips else ():
             mirrored = replace(batch, images=batch.images.flip(-1), targets=None, flipped=True)
-            batches[n] = replace(batch, views=(mirrored,))
+            batches[n] = replace(batch, tta_batches=(mirrored,))
         expected = detect_batch(detector, batches[2], torch.device("cpu"))
         waits[case] = {}
         with EmulatedDevice(ROOT) as device:

@@ -229,7 +229,7 @@ def test_row_with_another_test_section_is_not_trained(
     assert (augmented["weights_of"], augmented["runs"][0]["state"]) == ("plain", "finished")
     assert (
         augmented["cost"]["prediction"]["p50_ms"] > report_data["rows"][0]["cost"]["prediction"]["p50_ms"]
-    )  # four views, not one
+    )  # four copies, not one
     assert "with TTA: the weights of 'plain', scored with this row's test section" in summary_text.collect_notes(
         report_data
     )

@@ -313,7 +313,7 @@ def test_boxes_are_in_original_pixels(model: fusedet.Predictor, monkeypatch: pyt
 def test_load_takes_overrides_of_the_test(trained: Path, scenes: Path) -> None:
     path = sorted((scenes / "val").iterdir())[0]
     assert len(fusedet.load(trained, "test.max_det=2", device="cpu").predict(path)) == 2
-    assert not fusedet.load(trained, "data.antialias=false", device="cpu").views[0].antialias
+    assert not fusedet.load(trained, "data.antialias=false", device="cpu").transforms[0].antialias
     with pytest.raises(fusedet.InputError, match="changes nothing for a trained model"):
         fusedet.load(trained, "model.neck=fpn")
     with pytest.raises(fusedet.InputError, match=r"did you mean 'test.max_det'"):

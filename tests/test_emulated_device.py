@@ -147,7 +147,7 @@ def test_checkpoints_copy_all_tensors_at_once(slow_rows: dict[str, dict[str, Any
 
 @pytest.mark.slow
 def test_evaluation_copies_once_per_batch(slow_rows: dict[str, dict[str, Any]]) -> None:
-    """Masks are copied once per image. Two views are predicted twice and merged by an NMS per image."""
+    """Masks are copied once per image. Two copies are predicted twice and merged by an NMS per image."""
     row = slow_rows["evaluation"]
     assert max(row["difference"].values()) <= TOLERANCE["detections"]
     for case, ceiling in (

@@ -269,7 +269,7 @@ def test_validation_equals_prediction(tmp_path: Path, suffix: str, workers: int,
         for rank in range(world):
             loader = build_eval_loader(
                 dataset,
-                predictor.views[0],
+                predictor.transforms[0],
                 batch=2 * world,
                 workers=workers if world == 1 else 0,
                 rank=rank,
@@ -340,8 +340,10 @@ def test_one_tile_changes_nothing(trained: Path, scenes: Path) -> None:
 
 def test_one_tile_is_the_same_batch(scenes: Path) -> None:
     dataset = read_dataset(scenes, "val")
-    view = EvalTransform(64, 96)
-    loaders = [build_eval_loader(dataset, view, batch=3, tiles=tiles) for tiles in (None, PredictionTiles(size=96))]
+    transform = EvalTransform(64, 96)
+    loaders = [
+        build_eval_loader(dataset, transform, batch=3, tiles=tiles) for tiles in (None, PredictionTiles(size=96))
+    ]
     for plain, tiled in zip(*loaders, strict=True):
         assert torch.equal(plain.images, tiled.images)
         assert plain.ids == tiled.ids

@@ -256,7 +256,7 @@ class Batch(_Moves):
         scales: (N, 2) float32, network pixels per original pixel along x and y.
         targets: One per image, or None.
         flipped: Whether the images are flipped horizontally; set in testing only.
-        views: The same images at other sizes or flipped, for test-time augmentation.
+        tta_batches: The same images at other sizes or flipped, for test-time augmentation.
         windows: (N, 4) int64 where the images are windows of others, in testing only: left and top of each window, and
             height and width of its image, in original pixels.
         is_last: Whether each window is the last one of its image.
@@ -268,7 +268,7 @@ class Batch(_Moves):
     scales: Tensor
     targets: tuple[Target, ...] | None = None
     flipped: bool = False
-    views: tuple[Batch, ...] = ()
+    tta_batches: tuple[Batch, ...] = ()
     windows: Tensor | None = None
     is_last: tuple[bool, ...] = ()
 
@@ -284,7 +284,7 @@ class Batch(_Moves):
             "one size, scale and id per image",
         )
         _need(self.targets is None or len(self.targets) == n, "one target per image")
-        _need(all(view.ids == self.ids for view in self.views), "views are of the same images")
+        _need(all(batch.ids == self.ids for batch in self.tta_batches), "tta_batches are of the same images")
         is_windowed = self.windows is not None
         _need(len(self.is_last) == n * is_windowed, "windows need to know which one is the last of its image")
 

@@ -21,7 +21,7 @@ from fusedet.api.load_model import weights_file, with_weights
 from fusedet.api.predict import Predictor, tuned
 from fusedet.api.timing import compute_percentiles, describe_device, time_call
 from fusedet.config import Config
-from fusedet.data.collate import collate_views, make_samples
+from fusedet.data.collate import collate_tta_samples, make_samples
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.dataset_images import read_dataset_image
 from fusedet.models import profiling
@@ -58,7 +58,7 @@ def measure_prediction(
 ) -> dict[str, dict[str, Any]]:
     """Measure latency and peak memory of prediction with each run's weights and test section.
 
-    Latency is the time from a preprocessed image to its detections, with all views of test-time augmentation. `IMAGES`
+    Latency is the time from a preprocessed image to its detections, with all copies of test-time augmentation. `IMAGES`
     images of the dataset are predicted one by one, the rows in turn, so that a slow moment of the machine affects all
     of them. Peak memory counts the tensors alive at once, weights included, the maximum over two images.
 
@@ -116,7 +116,7 @@ def _make_batch(model: Predictor, dataset: DetectionDataset, i: int) -> Batch:
     """Preprocess image i as the network's input."""
     record = dataset[i]
     image = read_dataset_image(dataset, record)
-    return collate_views([make_samples(image, record, model.views)], model.views[1:])
+    return collate_tta_samples([make_samples(image, record, model.transforms)], model.transforms[1:])
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from statistics import fmean, median
 import torch
 
 from fusedet.ablation.plan import TIMES, Plan, Run, Split
-from fusedet.api.detection import views
+from fusedet.api.detection import build_tta_transforms
 from fusedet.api.predict import pick_device
 from fusedet.api.run_dir import read_json
 from fusedet.api.train_inputs import make_detector, train_transform
@@ -83,12 +83,12 @@ def make_clock(plan: Plan, costs: Mapping[str, Mapping[str, float]]) -> Clock:
 def count_work(plan: Plan, label: str, multiply_adds: float) -> float:
     """Count the multiply-adds of a row's run.
 
-    A training step counts as three forward passes, a validation as one per view. A row that uses the weights of another
-    row has a validation only.
+    A training step counts as three forward passes, a validation as one per copy of test-time
+    augmentation. A row that uses the weights of another row has a validation only.
     """
     options, (train, val) = plan.configs[label], plan.data[label]
-    view_area = sum((view.size / options.data.size[0]) ** 2 for view in views(options))
-    validation = view_area * sum(count_windows(val, options.test.tiles))
+    area = sum((transform.size / options.data.size[0]) ** 2 for transform in build_tta_transforms(options))
+    validation = area * sum(count_windows(val, options.test.tiles))
     if plan.runs_of[label] != plan.weights_of[label]:
         return multiply_adds * validation
     return multiply_adds * (3 * options.train.epochs * len(train) + _count_validations(options) * validation)

@@ -161,7 +161,7 @@ def _largest_input(config: Config, export: Path | None) -> Size:
 
 
 def _is_as_validated(config: Config, size: Size) -> bool:
-    """Return whether an image of that size is predicted as in validation: not resized, without other views."""
+    """Return whether an image of that size is predicted as in validation: not resized and not augmented."""
     seen = network_size(keep_ratio_size(*size, *config.data.size))
     return seen == size and config.test.scales is None and not config.test.flip
 

@@ -197,7 +197,7 @@ def compute_maps(predictor: Predictor, image: Tensor, class_name: str, best_only
         class_name: One of the run's classes.
         best_only: As for `cam`.
     """
-    batch = replace(predictor.preprocess([image]), views=())
+    batch = replace(predictor.preprocess([image]), tta_batches=())
     label = predictor.names.index(class_name)
     assert not isinstance(predictor.detector, ExportedDetector)
     maps = compute_activation_maps(predictor.detector, batch.to(predictor.device), label, best_only)

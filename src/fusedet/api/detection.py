@@ -1,4 +1,4 @@
-"""From a stream of batches to the detections of each image: views, tiles and their merging."""
+"""From a stream of batches to the detections of each image: test-time augmentation, tiles and their merging."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -14,7 +14,7 @@ from fusedet.exporters import ExportedDetector
 from fusedet.host_copy import copy_to_host
 from fusedet.models.detectors import DetectorModule
 from fusedet.models.detectors.cut_objects import find_cut, join_cut_objects
-from fusedet.models.detectors.tta import ImageDetections, detect_view, merge_detections
+from fusedet.models.detectors.tta import ImageDetections, detect_augmented, merge_detections
 from fusedet.models.protocols import InferenceDetector
 from fusedet.models.roi.mask import paste_masks
 from fusedet.types import Batch, Detections
@@ -23,12 +23,12 @@ AnyDetector = DetectorModule | ExportedDetector
 """A detector in PyTorch, or an exported file that detects as one does."""
 
 
-def views(config: Config, canvas: tuple[int, int] | None = None) -> tuple[EvalTransform, ...]:
-    """Return the TTA views: each of `test.scales`, with the aspect ratio of `data.size`, then each mirrored.
+def build_tta_transforms(config: Config, canvas: tuple[int, int] | None = None) -> tuple[EvalTransform, ...]:
+    """Return the transforms of TTA: each of `test.scales`, with the aspect ratio of `data.size`, then each mirrored.
 
     Args:
         config: The config.
-        canvas: Height and width that every view must fit; None for no limit.
+        canvas: Height and width that every augmented image must fit; None for no limit.
     """
     short, long = config.data.size
     sizes = [(scale, round(scale * long / short)) for scale in config.test.scales or (short,)]
@@ -52,9 +52,9 @@ def detect_images(
 ) -> Iterator[tuple[int, Detections]]:
     """Yield id and detections of each image, by descending score, in original pixels, on the CPU.
 
-    Masks are pasted at the original size, not resized. Detections of further views, and of all windows of an image,
-    are merged by the detector's thresholds. One view is on the device at a time. Its detections are copied once per
-    batch; with masks, which need much memory, once per image.
+    Masks are pasted at the original size, not resized. Detections of augmented copies, and of all windows of an
+    image, are merged by the detector's thresholds. One copy is on the device at a time. Its detections are copied once
+    per batch; with masks, which need much memory, once per image.
 
     Args:
         detector: In eval mode, on `device`.
@@ -65,19 +65,19 @@ def detect_images(
     options = {key: value for key, value in detector.selection.items() if key in ("iou", "max_det")}
     parts: list[ImageDetections] = []
     for batch in batches:
-        seen = [
-            detect_view(
+        of_copies = [
+            detect_augmented(
                 detector,
-                replace(view, views=(), targets=None, windows=batch.windows, is_last=batch.is_last).to(
+                replace(copy, tta_batches=(), targets=None, windows=batch.windows, is_last=batch.is_last).to(
                     device, non_blocking=True
                 ),
             )
-            for view in (batch, *batch.views)
+            for copy in (batch, *batch.tta_batches)
         ]
         ids: list[int] = []
         results: list[tuple[Tensor | None, ...]] = []
         for i, (size, window) in enumerate(zip(_list_image_sizes(batch), _list_windows(batch))):
-            own = [detections[i] for detections in seen]
+            own = [detections[i] for detections in of_copies]
             number = len(parts) // len(own)
             parts += own if ios is None or window is None else [_mark_cut(part, window, size, number) for part in own]
             if window is not None and not batch.is_last[i]:

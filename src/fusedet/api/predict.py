@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from fusedet.api import exported
-from fusedet.api.detection import AnyDetector, check_tile_size, detect_images, get_strides, views
+from fusedet.api.detection import AnyDetector, build_tta_transforms, check_tile_size, detect_images, get_strides
 from fusedet.api.load_model import rebuild, weights_file
 from fusedet.api.prediction import Prediction as Prediction
 from fusedet.api.settings import Sections, refuse_other_keys, resolve_config, to_overrides
 from fusedet.api.video_stream import predict_frames
 from fusedet.config import Config
 from fusedet.data.channel_decoding import is_array_file, read_channels
-from fusedet.data.collate import collate_views, make_samples
+from fusedet.data.collate import collate_tta_samples, make_samples
 from fusedet.data.dataset import ImageAnnotations
 from fusedet.data.image_decoding import to_tensor
 from fusedet.data.large_images import LargeImage, crop_image, open_large_image
@@ -53,7 +53,7 @@ class Predictor:
         config: The config of the run, with the settings of `load`.
         detector: The detector, or the exported model.
         source: The file of the weights or of the exported model.
-        views: The resizing of an image, and those of test-time augmentation.
+        transforms: The resizing of an image, and those of the further copies of test-time augmentation.
 
     Raises:
         InputError: `test.tiles.size` is below the largest stride of the detector.
@@ -69,7 +69,7 @@ class Predictor:
     ) -> None:
         self.detector, self.config, self.source = detector, config, source
         self.names, self.category_ids = tuple(names), tuple(category_ids)
-        self.views = views(config, self.canvas)
+        self.transforms = build_tta_transforms(config, self.canvas)
         check_tile_size("test.tiles.size", config.test.tiles.size, get_strides(detector))
 
     @property
@@ -196,8 +196,10 @@ class Predictor:
         return image
 
     def preprocess(self, images: Sequence[Tensor | LargeImage]) -> Batch:
-        """Return images (C, H, W) uint8 preprocessed for the network, in all TTA views."""
-        return collate_views([make_samples(image, _empty(image), self.views) for image in images], self.views[1:])
+        """Return images (C, H, W) uint8 preprocessed for the network, with their augmented copies of TTA."""
+        return collate_tta_samples(
+            [make_samples(image, _empty(image), self.transforms) for image in images], self.transforms[1:]
+        )
 
     def iterate_tiles(self, images: Iterable[Tensor | LargeImage], batch: int) -> Iterator[Batch]:
         """Cut images into the tiles of `test.tiles` and yield these in batches, preprocessed as by `preprocess`."""

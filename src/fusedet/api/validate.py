@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from fusedet import evaluation, visualization
-from fusedet.api.detection import AnyDetector, check_tile_size, detect_images, get_strides, views
+from fusedet.api.detection import AnyDetector, build_tta_transforms, check_tile_size, detect_images, get_strides
 from fusedet.api.progress import track
 from fusedet.api.run_dir import write_json
 from fusedet.api.worst_images import draw_worst_images
@@ -142,9 +142,9 @@ def build_val_loader(
     """
     # a batch no larger than the rank's share keeps every process busy; one image per process is the least
     batch = max(world, (config.test.batch or config.train.total_batch // config.train.accumulate) // world * world)
-    first, *others = views(config, canvas)
+    first, *others = build_tta_transforms(config, canvas)
     options: dict[str, Any] = {"batch": batch, "workers": config.data.workers, "rank": rank, "world": world}
-    options |= {"pin": pin, "views": others, "masks": masks, "tiles": config.test.tiles}
+    options |= {"pin": pin, "tta_transforms": others, "masks": masks, "tiles": config.test.tiles}
     return build_eval_loader(dataset, first, **options, min_visible=config.data.min_visible)
 
 

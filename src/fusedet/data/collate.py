@@ -68,21 +68,22 @@ def make_samples(
     return [Sample(changed, scale, annotations.image_id, target) for changed, scale, target in results]
 
 
-def collate_views(
-    images: Sequence[Sequence[Sample]], views: Sequence[EvalTransform] = (), canvas: tuple[int, int] = (1, 1)
+def collate_tta_samples(
+    images: Sequence[Sequence[Sample]], tta_transforms: Sequence[EvalTransform] = (), canvas: tuple[int, int] = (1, 1)
 ) -> Batch:
-    """Collate images that are seen in several views, for test-time augmentation.
+    """Collate images and their copies of test-time augmentation.
 
     Args:
-        images: The samples of each image, one per view.
-        views: The transforms of the second and further views; their batches become `Batch.views`.
-        canvas: Minimum (height, width) of the first view's batch, before rounding up.
+        images: The samples of each image, one per copy.
+        tta_transforms: The transforms of the further copies; their batches become `Batch.tta_batches`.
+        canvas: Minimum (height, width) of the first copy's batch, before rounding up.
     """
     first, *further = zip(*images, strict=True)
     batches = (
-        replace(collate_samples(samples), flipped=view.flip) for samples, view in zip(further, views, strict=True)
+        replace(collate_samples(samples), flipped=transform.flip)
+        for samples, transform in zip(further, tta_transforms, strict=True)
     )
-    return replace(collate_samples(first, canvas), views=tuple(batches))
+    return replace(collate_samples(first, canvas), tta_batches=tuple(batches))
 
 
 def _join_targets(targets: Sequence[Target | None], height: int, width: int) -> tuple[Target, ...] | None:

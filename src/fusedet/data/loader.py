@@ -145,7 +145,7 @@ def build_eval_loader(
     masks: bool = False,
     pin: bool = False,
     start_method: str | None = None,
-    views: Sequence[EvalTransform] = (),
+    tta_transforms: Sequence[EvalTransform] = (),
     tiles: PredictionTiles | None = None,
     min_visible: float = 0.0,
 ) -> EvalLoader:
@@ -166,7 +166,7 @@ def build_eval_loader(
         masks: Whether targets have masks.
         pin: Whether batches are put into pinned memory.
         start_method: The start method of `multiprocessing`; None takes the system's default.
-        views: Transforms of further views, in the order of `Batch.views`; each image is read once for all.
+        tta_transforms: Transforms of further copies, ordered as `Batch.tta_batches`; each image is read once for all.
         tiles: The tiles of each image; None for whole images.
         min_visible: An object of which less than this share, in 0..1, lies in a window is ignored there.
 
@@ -179,12 +179,12 @@ def build_eval_loader(
     size = batch // world
     own_batches = _split(order, size)[rank::world]
     if tiles is None or tiles.size is None:
-        pool = WorkerPool(dataset, transform, 0, masks, workers, pin, start_method, views)
+        pool = WorkerPool(dataset, transform, 0, masks, workers, pin, start_method, tta_transforms)
         return EvalLoader(pool, [BatchRequest(0, own, own) for own in own_batches])
     tiled, counts = view_dataset(dataset, tiles, min_visible), count_windows(dataset, tiles)
     ends = np.cumsum(counts).tolist()
     own_windows = [w for own in own_batches for i in own for w in range(ends[i] - counts[i], ends[i])]
-    pool = WorkerPool(tiled, transform, 0, masks, workers, pin, start_method, views, tile_reader=TileReader())
+    pool = WorkerPool(tiled, transform, 0, masks, workers, pin, start_method, tta_transforms, tile_reader=TileReader())
     plan = [BatchRequest(0, own, own) for own in _split(own_windows, size)]
     last = {end - 1 for end in ends}
     return EvalLoader(pool, plan, tiled.windows, [i in last for i in range(len(tiled))])

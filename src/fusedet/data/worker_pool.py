@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fusedet.data.augmentation import AugmentedTransform
-from fusedet.data.collate import Sample, collate_views, make_samples
+from fusedet.data.collate import Sample, collate_tta_samples, make_samples
 from fusedet.data.dataset import DetectionDataset, ImageAnnotations
 from fusedet.data.dataset_images import TileReader, read_dataset_image
 from fusedet.data.transforms import EvalTransform, Transform
@@ -72,7 +72,7 @@ class BatchReader(Dataset[Any]):
         transform: The transform of each image.
         seed: Seed of the data augmentation.
         masks: Whether targets have masks.
-        views: Further transforms of each image, for test-time augmentation.
+        tta_transforms: Further transforms of each image, for test-time augmentation.
         replace: Whether bad images are replaced.
         tile_reader: Reads the tiles of a dataset that are seen image by image; None reads each by itself.
     """
@@ -81,7 +81,7 @@ class BatchReader(Dataset[Any]):
     transform: Transform
     seed: int
     masks: bool
-    views: tuple[EvalTransform, ...] = ()
+    tta_transforms: tuple[EvalTransform, ...] = ()
     replace: bool = False
     tile_reader: TileReader | None = None
 
@@ -98,7 +98,9 @@ class BatchReader(Dataset[Any]):
                     images.append(self.load_replacement(request, index, str(error)))
             # other processes do not know of the replacement: all pad as if the bad image were in the batch
             unread = set(request.joint) if bad else set(request.joint) - set(request.own)
-            return LoadedBatch(collate_views(images, self.views, self.largest_size(request.epoch, unread)), bad)
+            return LoadedBatch(
+                collate_tta_samples(images, self.tta_transforms, self.largest_size(request.epoch, unread)), bad
+            )
         except InputError as error:
             return error
 
@@ -127,7 +129,7 @@ class BatchReader(Dataset[Any]):
         raise InputError(f"{reason} (and nothing can replace it: {failed} other images cannot be read either)")
 
     def load_samples(self, epoch: int, index: int) -> list[Sample]:
-        """Load an image as it is in an epoch, and in the further views."""
+        """Load an image as it is in an epoch, and its copies of test-time augmentation."""
         image: Any
         if self.tile_reader is None:
             image, annotations = self.read(index % len(self.dataset))
@@ -135,7 +137,7 @@ class BatchReader(Dataset[Any]):
             annotations = self.dataset[index]
             image = self.tile_reader.read(self.dataset, annotations)
         with _seed_sample(self.seed, epoch, index):
-            return make_samples(image, annotations, (self.transform_in(epoch, index), *self.views), self.masks)
+            return make_samples(image, annotations, (self.transform_in(epoch, index), *self.tta_transforms), self.masks)
 
     def read(self, index: int) -> tuple[Tensor, ImageAnnotations]:
         """Decode an image or a tile, and return its annotations."""
@@ -183,7 +185,7 @@ class WorkerPool:
         workers: Number of worker processes; 0 loads in this process.
         pin: Whether batches are put into pinned memory.
         start_method: The start method of `multiprocessing`; None takes the system's default.
-        views: Further transforms of each image, for test-time augmentation.
+        tta_transforms: Further transforms of each image, for test-time augmentation.
         replace: Whether bad images are replaced.
         tile_reader: As in `BatchReader`.
     """
@@ -197,13 +199,13 @@ class WorkerPool:
         workers: int,
         pin: bool,
         start_method: str | None,
-        views: Sequence[EvalTransform] = (),
+        tta_transforms: Sequence[EvalTransform] = (),
         replace: bool = False,
         tile_reader: TileReader | None = None,
     ) -> None:
         self.plan: list[BatchRequest] = []  # refilled for every run
         self.loader = DataLoader(
-            BatchReader(dataset, transform, seed, masks, tuple(views), replace, tile_reader),
+            BatchReader(dataset, transform, seed, masks, tuple(tta_transforms), replace, tile_reader),
             sampler=self.plan,
             batch_size=None,
             num_workers=workers,

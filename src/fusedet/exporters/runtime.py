@@ -141,7 +141,7 @@ class ExportedDetector(nn.Module):
         super().__init__()
         self.session, self.metadata = session, metadata
         self.device = torch.device("cpu")
-        # what merges the views of test-time augmentation
+        # what merges the detections of test-time augmentation
         self.selection = {"iou": metadata.thresholds.nms, "max_det": metadata.thresholds.max_det}
 
     @property

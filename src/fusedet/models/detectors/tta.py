@@ -1,4 +1,4 @@
-"""Detections of several views of an image, merged by NMS: of resized and flipped copies (TTA), and of its tiles."""
+"""Detections of an image's resized and flipped copies (test-time augmentation) and of its tiles, merged by NMS."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -26,7 +26,7 @@ class ImageDetections(NamedTuple):
     cut_by: Tensor | None = None
 
 
-def detect_view(detector: InferenceDetector, batch: Batch) -> list[ImageDetections]:
+def detect_augmented(detector: InferenceDetector, batch: Batch) -> list[ImageDetections]:
     """Detect instances in one augmented copy of every image, and undo its resizing, flipping and cutting."""
     padded = detector.detect(batch.images, batch.sizes, padded=False)
     results = []
@@ -44,26 +44,26 @@ def detect_view(detector: InferenceDetector, batch: Batch) -> list[ImageDetectio
     return results
 
 
-def merge_detections(views: Sequence[ImageDetections], iou: float = 0.5, max_det: int | None = 100) -> ImageDetections:
+def merge_detections(copies: Sequence[ImageDetections], iou: float = 0.5, max_det: int | None = 100) -> ImageDetections:
     """Merge the detections of an image's augmented copies and tiles by class-wise NMS.
 
     A detection keeps the mask of its own copy. Of equal scores, the earlier copy's comes first. This is MMDetection
     3.x's DetTTAModel, which has no masks.
 
     Args:
-        views: Detections of each copy of the image.
+        copies: Detections of each copy of the image.
         iou: Overlap from which NMS removes the lower score.
         max_det: Detections to keep, the highest scores; None keeps all.
     """
-    boxes, scores, labels = (torch.cat(column) for column in list(zip(*views))[:3])
-    masks = [view.masks for view in views if view.masks is not None]
+    boxes, scores, labels = (torch.cat(column) for column in list(zip(*copies))[:3])
+    masks = [copy.masks for copy in copies if copy.masks is not None]
     if not len(boxes):
-        return views[0]
+        return copies[0]
     positive = boxes - boxes.amin().clamp(max=0)  # Grid R-CNN's boxes may reach outside the image
     shifted = positive + (labels * (positive.amax() + 1))[:, None]  # so that boxes of two classes never overlap
     kept = nms_keep_mask(shifted[None], scores[None], iou)[0].nonzero().squeeze(1)
     best = kept[scores[kept].argsort(descending=True, stable=True)[:max_det]]
-    cut_by = [view.cut_by for view in views if view.cut_by is not None]
+    cut_by = [copy.cut_by for copy in copies if copy.cut_by is not None]
     return ImageDetections(
         boxes[best],
         scores[best],

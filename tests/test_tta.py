@@ -13,8 +13,8 @@ from torchvision.ops import box_iou
 
 import fusedet
 from fusedet import cli, config
-from fusedet.api.detection import detect_batch, views
-from fusedet.data.collate import collate_views, make_samples
+from fusedet.api.detection import build_tta_transforms, detect_batch
+from fusedet.data.collate import collate_tta_samples, make_samples
 from fusedet.data.dataset import ImageAnnotations
 from fusedet.data.loader import build_eval_loader
 from fusedet.data.readers.auto import read_dataset
@@ -31,23 +31,23 @@ CPU = torch.device("cpu")
 
 
 def made(*overrides: str) -> tuple[EvalTransform, ...]:
-    return views(config.parse(config.apply_overrides({}, ["data.size=[800,1333]", *overrides])))
+    return build_tta_transforms(config.parse(config.apply_overrides({}, ["data.size=[800,1333]", *overrides])))
 
 
-def batch(images: list[Tensor], seen: tuple[EvalTransform, ...]) -> Batch:
+def batch(images: list[Tensor], transforms: tuple[EvalTransform, ...]) -> Batch:
     none = np.zeros(0)
     dataset = [
         ImageAnnotations(0, Path(), *p.shape[1:], np.zeros((0, 4)), none.astype(int), none > 0, none, [], none > 0)
         for p in images
     ]
-    return collate_views([make_samples(*pair, seen) for pair in zip(images, dataset)], seen[1:])
+    return collate_tta_samples([make_samples(*pair, transforms) for pair in zip(images, dataset)], transforms[1:])
 
 
 # -- the config
 
 
-def test_views_of_a_config() -> None:
-    """Long sides keep data.size's proportion; mirrored views come after the others."""
+def test_transforms_of_a_config() -> None:
+    """Long sides keep data.size's proportion; mirrored copies come after the others."""
     assert made() == made("test.scales=[800]") == (EvalTransform(800, 1333),)
     assert made("data.antialias=false") == (EvalTransform(800, 1333, antialias=False),)
     assert made("test.flip=true") == (EvalTransform(800, 1333), EvalTransform(800, 1333, flip=True))
@@ -80,21 +80,21 @@ def test_wrong_values_are_refused(override: str, message: str) -> None:
 # -- the images
 
 
-def test_a_batch_holds_every_view_of_its_images(scenes: Path) -> None:
-    """Each view equals that of a loader of this view only; a flip mirrors image and objects inside the padding."""
+def test_a_batch_holds_every_copy_of_its_images(scenes: Path) -> None:
+    """Each copy equals that of a loader of this transform only; a flip mirrors image and objects inside the padding."""
     dataset = read_dataset(scenes, "val")
-    seen = (EvalTransform(32, 48), EvalTransform(64, 96), EvalTransform(64, 96, flip=True))
-    together = list(build_eval_loader(dataset, seen[0], batch=3, views=seen[1:], workers=1))
-    for number, view in enumerate(seen):
-        alone = list(build_eval_loader(dataset, view, batch=3))
+    transforms = (EvalTransform(32, 48), EvalTransform(64, 96), EvalTransform(64, 96, flip=True))
+    together = list(build_eval_loader(dataset, transforms[0], batch=3, tta_transforms=transforms[1:], workers=1))
+    for number, transform in enumerate(transforms):
+        alone = list(build_eval_loader(dataset, transform, batch=3))
         assert len(alone) == len(together)
-        for ours, wanted in zip(((b, *b.views)[number] for b in together), alone):
+        for ours, wanted in zip(((b, *b.tta_batches)[number] for b in together), alone):
             assert torch.equal(ours.images, wanted.images)
             assert torch.equal(ours.sizes, wanted.sizes)
             assert torch.equal(ours.scales, wanted.scales)
-            assert (ours.ids, ours.flipped) == (wanted.ids, view.flip)
+            assert (ours.ids, ours.flipped) == (wanted.ids, transform.flip)
     for one in together:
-        plain, mirrored = one.views
+        plain, mirrored = one.tta_batches
         for i, (h, w) in enumerate(plain.sizes.tolist()):
             assert torch.equal(mirrored.images[i, :, :h, :w], plain.images[i, :, :h, :w].flip(2))
             assert not mirrored.images[i, :, h:].any()
@@ -108,7 +108,7 @@ def test_a_batch_holds_every_view_of_its_images(scenes: Path) -> None:
 
 
 class Scripted:
-    """A detector with given detections, one view after the other: rows (x1, y1, x2, y2, score, label)."""
+    """A detector with given detections, one copy after the other: rows (x1, y1, x2, y2, score, label)."""
 
     def __init__(self, *finds: list[tuple[float, ...]], masks: list[Tensor] | None = None, **selection: Any) -> None:
         self.finds, self.masks, self.selection = iter(finds), iter(masks or []), selection
@@ -128,10 +128,10 @@ TABLE = [
 ]
 
 
-def test_views_by_hand() -> None:
+def test_merging_by_hand() -> None:
     """The best of three detections of an object stays, per class; mirrored boxes are mapped back."""
-    seen = made("data.size=[40,60]", "test.scales=[40,80]", "test.flip=true")
-    images = batch([torch.zeros(3, 40, 60, dtype=torch.uint8)], seen)
+    transforms = made("data.size=[40,60]", "test.scales=[40,80]", "test.flip=true")
+    images = batch([torch.zeros(3, 40, 60, dtype=torch.uint8)], transforms)
     wanted = [(10, 10, 20, 20, 0.95, 0), (10, 10, 20, 20, 0.7, 1), (30, 5, 50, 25, 0.6, 1), (54, 0, 60, 8, 0.3, 0)]
     for most in (100, 3):
         (detections,) = detect_batch(Scripted(*TABLE, iou=0.5, max_det=most), images, CPU)
@@ -142,9 +142,9 @@ def test_views_by_hand() -> None:
 
 
 def test_masks_follow_their_boxes() -> None:
-    """The mirrored view's detection wins, and its mask is mirrored back."""
-    seen = made("data.size=[40,60]", "test.flip=true")
-    images = batch([torch.zeros(3, 40, 60, dtype=torch.uint8)], seen)
+    """The mirrored copy's detection wins, and its mask is mirrored back."""
+    transforms = made("data.size=[40,60]", "test.flip=true")
+    images = batch([torch.zeros(3, 40, 60, dtype=torch.uint8)], transforms)
     left = torch.zeros(1, 4, 4)
     left[..., :2] = 1
     rows = [[(10, 10, 30, 20, 0.5, 2)], [(30, 10, 50, 20, 0.9, 2)]]
@@ -157,7 +157,7 @@ def test_masks_follow_their_boxes() -> None:
 
 
 class Bright:
-    """A detector of the bright region, which is the same in every view."""
+    """A detector of the bright region, which is the same in every copy."""
 
     selection: ClassVar[dict[str, Any]] = {}
 
@@ -175,7 +175,7 @@ class Bright:
         )
 
 
-def test_an_object_seen_in_every_view_is_detected_once() -> None:
+def test_an_object_in_every_copy_is_detected_once() -> None:
     """With padding, because the width is no multiple of 32, and with two images of different shapes."""
     images = [torch.zeros(3, 50, 77, dtype=torch.uint8), torch.zeros(3, 64, 40, dtype=torch.uint8)]
     images[0][:, 4:30, 8:21] = 255
@@ -214,7 +214,7 @@ def test_merging_is_greedy_nms() -> None:
         assert torch.equal(detections.labels, labels[kept[:6]])
 
 
-def test_no_detection_in_any_view() -> None:
+def test_no_detection_in_any_copy() -> None:
     nothing = ImageDetections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0).long(), torch.zeros(0, 28, 28))
     detections = merge_detections([nothing, nothing])
     assert [len(column) for column in detections[:4]] == [0, 0, 0, 0]
@@ -231,16 +231,16 @@ DISTINCT = ("retinanet", "fcos", "mask_rcnn", "grid_rcnn")
     "name", [name if name in DISTINCT else pytest.param(name, marks=pytest.mark.slow) for name in DETECTORS]
 )
 def test_every_detector(name: str) -> None:
-    """The highest score of all views stays, no two boxes of a class overlap, and no mask or box leaves its image."""
+    """The highest score of all copies stays, no two boxes of a class overlap, and no mask or box leaves its image."""
     detector = make(name, "test.score=0", "test.max_det=15").eval()
     images = [torch.randint(0, 256, (3, h, w), dtype=torch.uint8) for h, w in ((50, 70), (90, 60))]
-    seen = made("data.size=[64,96]", "test.scales=[64,96]", "test.flip=true")
-    every = batch(images, seen)
+    transforms = made("data.size=[64,96]", "test.scales=[64,96]", "test.flip=true")
+    every = batch(images, transforms)
     detections = detect_batch(detector, every, CPU)
-    alone = [detect_batch(detector, replace(view, views=()), CPU) for view in (every, *every.views)]
+    alone = [detect_batch(detector, replace(copy, tta_batches=()), CPU) for copy in (every, *every.tta_batches)]
     for i, (one, image) in enumerate(zip(detections, images, strict=True)):
         assert 0 < len(one) <= 15
-        assert one.scores[0] == max(view[i].scores[0] for view in alone)
+        assert one.scores[0] == max(copy[i].scores[0] for copy in alone)
         assert (one.scores.diff() <= 0).all()
         same = one.labels[:, None] == one.labels
         assert (
@@ -254,7 +254,7 @@ def test_every_detector(name: str) -> None:
         assert one.masks is None or one.masks.shape == (len(one), height, width)
 
 
-def test_one_view_changes_nothing(trained: Path, scenes: Path) -> None:
+def test_one_copy_changes_nothing(trained: Path, scenes: Path) -> None:
     path = sorted((scenes / "val").iterdir())[0]
     plain, same, more = (
         fusedet.load(trained, *overrides, device="cpu").predict(path)
@@ -267,7 +267,7 @@ def test_one_view_changes_nothing(trained: Path, scenes: Path) -> None:
 
 
 def test_train_val_and_predict_agree(tmp_path: Path) -> None:
-    """The evaluation at the end of a training, `val` and `predict` use the same views."""
+    """The evaluation at the end of a training, `val` and `predict` use the same test-time augmentation."""
     out, splits = tmp_path / "run", {"train": 0.5, "val": 0.5}
     scenes = generate_dataset(tmp_path / "data", images=4, seed=0, size=(64, 96), splits=splits)
     overrides = ["test.scales=[48,64]", "test.flip=true", "test.batch=1"]
