@@ -107,9 +107,9 @@ def measure(evaluator: str, images: int, count: int, objects: int, seed: int) ->
     evaluate(build_truth(evaluator, few), detections(few, 20, seed))  # so that imports are not measured
     truth = build_truth(evaluator, data)
     before = read_peak_memory()
-    figures, span = time_call(partial(evaluate, truth, results))
+    metrics, span = time_call(partial(evaluate, truth, results))
     memory = {"peak_mib": read_peak_memory(), "grown_mib": read_peak_memory() - before}
-    print(json.dumps({"seconds": span.wall, "processor_seconds": span.processor, **memory, "figures": figures}))
+    print(json.dumps({"seconds": span.wall, "processor_seconds": span.processor, **memory, "metrics": metrics}))
 
 
 def build_truth(evaluator: str, data: DetectionDataset) -> Any:
@@ -188,7 +188,7 @@ def main() -> None:
             done.append(
                 json.loads(subprocess.run([*command, "--one", name], check=True, capture_output=True, text=True).stdout)
             )
-    figures = {
+    metrics = {
         "images": options.images,
         "detections": options.detections // options.images * options.images,
         "objects": options.objects,
@@ -202,22 +202,22 @@ def main() -> None:
                 },
                 "peak_mib": round(max(run["peak_mib"] for run in done)),
                 "grown_mib": round(max(run["grown_mib"] for run in done)),
-                "AP": done[0]["figures"][0],
+                "AP": done[0]["metrics"][0],
             }
             for name, done in runs.items()
         },
     }
     if "fusedet" in runs:
-        own = figures["evaluators"]["fusedet"]
+        own = metrics["evaluators"]["fusedet"]
         for name in [name for name in runs if name != "fusedet"]:
-            other = figures["evaluators"][name]
-            figures[f"fusedet_over_{name}"] = {
+            other = metrics["evaluators"][name]
+            metrics[f"fusedet_over_{name}"] = {
                 "times_as_fast": round(other["median_seconds"] / own["median_seconds"], 2),
                 "processor": round(other["median_processor_seconds"] / own["median_processor_seconds"], 2),
                 "memory": round(own["peak_mib"] / other["peak_mib"], 3),
-                "largest_difference": _difference(runs["fusedet"][0]["figures"], runs[name][0]["figures"]),
+                "largest_difference": _difference(runs["fusedet"][0]["metrics"], runs[name][0]["metrics"]),
             }
-    print_report(benchmark="evaluate", **figures)
+    print_report(benchmark="evaluate", **metrics)
 
 
 def _difference(a: list[float], b: list[float]) -> float:

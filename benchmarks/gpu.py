@@ -183,7 +183,8 @@ def measure_case(setup: Setup, kind: str, name: str, images: int, sides: tuple[s
     times = interleave({side: finish(setup, call) for side, call in calls.items()}, setup.repeats, 0)
     reference = REFERENCE if REFERENCE in calls else next(iter(calls), "")
     row["sides"] = {
-        side: figures | details[side] for side, figures in (summarize_times(times, reference) if times else {}).items()
+        side: measured | details[side]
+        for side, measured in (summarize_times(times, reference) if times else {}).items()
     }
     return row | ({"errors": errors} if errors else {})
 

@@ -90,10 +90,10 @@ def main() -> None:
         for kind, make in (("train_step", training), ("prediction", prediction))
     }
     times = {kind: measure(calls, options.repeats) for kind, calls in sides.items()}
-    figures = {kind: summarize_times(measured, REFERENCE) for kind, measured in times.items()}
+    rows = {kind: summarize_times(measured, REFERENCE) for kind, measured in times.items()}
     given = ("--backbone", options.backbone, "--size", *map(str, options.size))
     memory = {name: round(measure_peak_memory(__file__, name, *given)) for name in CONFIGS}
-    print_report(benchmark="heads", backbone=options.backbone, image=options.size, peak_MiB=memory, **figures)
+    print_report(benchmark="heads", backbone=options.backbone, image=options.size, peak_MiB=memory, **rows)
 
 
 if __name__ == "__main__":

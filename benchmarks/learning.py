@@ -92,7 +92,7 @@ def learn(name: str, data: Path, out: Path) -> str:
     return name
 
 
-def figures(name: str, run: Path) -> dict[str, Any]:
+def summarize_run(name: str, run: Path) -> dict[str, Any]:
     """Return a finished run's metrics, the seconds of its steps, and whether it passes."""
     batch = config.load(run / "config.yaml").train.batch
     scores = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
@@ -144,7 +144,7 @@ def main() -> None:
     try:
         data = generate_dataset(options.data or options.out / "data", images=IMAGES, seed=SEED)
         for name in runs(names, data, options.out, options.beside):
-            results[name] = figures(name, options.out / name)
+            results[name] = summarize_run(name, options.out / name)
             print(json.dumps(results[name]), flush=True)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

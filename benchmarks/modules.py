@@ -70,7 +70,7 @@ def predictor(name: str) -> Callable[[], Any]:
     return functools.partial(prepare_for_inference(make(name)).predict, batch)
 
 
-def figures(name: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
+def summarize_module(name: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
     """Return a side's measurements and the difference to the detector without the module."""
     side = SIDES[name]
     total = count_cost(make(name), *side.size)
@@ -146,7 +146,7 @@ def main() -> None:
         seconds |= interleave(
             {name: predictor(name) for name in names if SIDES[name].config == config}, options.repeats
         )
-    results = {name: figures(name, seconds) for name in names}
+    results = {name: summarize_module(name, seconds) for name in names}
     if options.table:
         print(table(results))
     else:

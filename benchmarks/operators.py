@@ -83,11 +83,11 @@ def main() -> None:
         "means of rows and columns": pooling(),
         "SMSL": smsl(),
     }
-    figures = {}
+    measured = {}
     for name, sides in cases.items():
         with torch.set_grad_enabled(name.endswith("backward")):
-            figures[name] = summarize_times(interleave(sides, options.repeats), next(iter(sides)))
-    print_report(benchmark="operators", **figures)
+            measured[name] = summarize_times(interleave(sides, options.repeats), next(iter(sides)))
+    print_report(benchmark="operators", **measured)
 
 
 if __name__ == "__main__":

@@ -98,11 +98,11 @@ def compare_tiles(run: Path, name: str, out: Path, *settings: str) -> dict[str, 
     if not (out / "tiles.json").is_file():
         fusedet.measure_tiles(run, *DENSE, *settings, f"out={out}")
     report = json.loads((out / "tiles.json").read_text())
-    row = report["figures"]["AP"]
+    row = report["metrics"]["AP"]
     seconds = {side: round(value, 2) for side, value in report["seconds_per_image"].items()}
-    figures = {key: round(row[key], 4) for key in ("a", "b", "difference", "low", "high")}
+    metrics = {key: round(row[key], 4) for key in ("a", "b", "difference", "low", "high")}
     text = {"images": report["images"], "conclusion": report["conclusion"]}
-    return {"case": name, "run": run.name, **figures, "seconds": seconds, **text}
+    return {"case": name, "run": run.name, **metrics, "seconds": seconds, **text}
 
 
 def format_table(rows: list[dict[str, Any]], whole: Mapping[str, Any] | None) -> str:

@@ -92,17 +92,17 @@ def main() -> None:
         run(), run()
         print(read_peak_memory())
         return
-    figures = summarize_times(interleave({k: make() for k, make in makers.items()}, options.repeats), "torchvision")
+    measured = summarize_times(interleave({k: make() for k, make in makers.items()}, options.repeats), "torchvision")
     sizes = ["--batch", str(options.batch), "--size", str(height), str(width)]
     for side in makers:
-        figures[side]["peak_MiB"] = round(measure_peak_memory(__file__, side, *sizes))
-    figures["fusedet"]["peak_ratio"] = round(figures["fusedet"]["peak_MiB"] / figures["torchvision"]["peak_MiB"], 3)
+        measured[side]["peak_MiB"] = round(measure_peak_memory(__file__, side, *sizes))
+    measured["fusedet"]["peak_ratio"] = round(measured["fusedet"]["peak_MiB"] / measured["torchvision"]["peak_MiB"], 3)
     print_report(
         benchmark="train_step",
         image=[height, width],
         batch=options.batch,
         detector="RetinaNet R50 FPN, 80 classes",
-        **figures,
+        **measured,
     )
 
 

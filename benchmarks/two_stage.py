@@ -89,8 +89,8 @@ def main() -> None:
         print_report(benchmark="two_stage predict", **about, **engines)
     if options.only in (None, "train_step"):
         image = torch.randint(0, 256, (3, HEIGHT, WIDTH), dtype=torch.uint8)
-        figures = summarize_times(interleave(training(image), options.repeats), "torchvision")
-        print_report(benchmark="two_stage train_step", **about, **figures)
+        measured = summarize_times(interleave(training(image), options.repeats), "torchvision")
+        print_report(benchmark="two_stage train_step", **about, **measured)
 
 
 if __name__ == "__main__":

@@ -108,9 +108,9 @@ def describe_weights() -> str:
 
 
 def read_latencies() -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Read the results of benchmarks/zoo_latency.py: about the measurement, and the figures by name of the weights.
+    """Read the results of benchmarks/zoo_latency.py: about the measurement, and the latencies by name of the weights.
 
-    Without a detection, RoI branches and selection had nothing to do: these figures are left out.
+    Without a detection, RoI branches and selection had nothing to do: these latencies are left out.
     """
     about, *rows = map(json.loads, LATENCIES.read_text(encoding="utf-8").splitlines())
     return about, {name: row for row in rows for name in row["names"] if row["detections"]}

@@ -27,7 +27,7 @@ IDS = (4, 1, 9)
 
 
 def repeated(images, image_ids, weights):
-    """COCO's figures of the data in which image i really occurs weights[i] times: the slow reference.
+    """COCO's metrics of the data in which image i really occurs weights[i] times: the slow reference.
 
     Scores are replaced by falling ones in COCO's order on the data itself (score, then image id, then the order of the
     results), and copies get ids beside their original's: so ties stand as `resample_metrics` says.

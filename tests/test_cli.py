@@ -48,7 +48,7 @@ def spoken(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return said.out
 
 
-def figures(capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
+def run_json(capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
     """The same with --json."""
     return json.loads(spoken(capsys, *arguments, "--json"))
 
@@ -82,7 +82,7 @@ def test_a_run_can_be_repeated_from_its_config(
 ) -> None:
     text = spoken(capsys, "train", trained / "config.yaml", f"out={tmp_path / 'again'}")
     assert re.findall(r"fusedet (\w+) " + re.escape(str(tmp_path / "again")), text) == ["val", "predict", "export"]
-    said = figures(capsys, "train", trained, f"out={tmp_path / 'third'}")
+    said = run_json(capsys, "train", trained, f"out={tmp_path / 'third'}")
     assert said["out"] == str(tmp_path / "third")
     assert {"AP", "AP50", "APs", "classes", "stamp"} <= said.keys()
     first, _ = checkpoint.load_weights(trained / "last.ckpt")
@@ -155,7 +155,7 @@ def test_val_of_run_checkpoint_and_results_agree(
     sources = {"run": [trained], "best": [trained / "best.safetensors"], "last": [trained / "last.ckpt"]}
     sources["results"] = [trained / "val.bbox.json", f"data={scenes}"]
     for name, arguments in sources.items():
-        result = figures(capsys, "val", *arguments, f"out={tmp_path / name}")
+        result = run_json(capsys, "val", *arguments, f"out={tmp_path / name}")
         assert [result[k] for k in METRICS] == pytest.approx([by_training[k] for k in METRICS], abs=1e-6), name
         again = json.loads((tmp_path / name / "val.bbox.json").read_text())
         # training scores with batch norms, val with folded ones: near ties may change places
@@ -169,7 +169,7 @@ def test_val_of_run_checkpoint_and_results_agree(
 
 def test_val_options(capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path) -> None:
     arguments = ["val", trained, "--voc", "--split", "train", "--evaluator", "pycocotools", f"out={tmp_path / 'v'}"]
-    result = figures(capsys, *arguments, "test.max_det=7")
+    result = run_json(capsys, *arguments, "test.max_det=7")
     assert "VOC_AP" in result
     assert result["stamp"]["detections"] == 8 * 7
     assert result["stamp"]["evaluator"].startswith("pycocotools")
@@ -186,7 +186,7 @@ def test_val_of_perfect_results(capsys: pytest.CaptureFixture[str], scenes: Path
     results.write_text(
         json.dumps([{k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": 0.9} for a in truth])
     )
-    result = figures(capsys, "val", results, f"data={scenes}")
+    result = run_json(capsys, "val", results, f"data={scenes}")
     assert result["AP"] == pytest.approx(1)
     assert not (Path(result["out"]) / "worst.png").exists(), "there is no image with a mistake"
 
@@ -197,7 +197,7 @@ def test_val_of_perfect_results(capsys: pytest.CaptureFixture[str], scenes: Path
 def test_predict_writes_coco_with_original_sizes_and_ids(
     capsys: pytest.CaptureFixture[str], run_copy: Path, scenes: Path
 ) -> None:
-    said = figures(capsys, "predict", run_copy, scenes / "val", "test.batch=3", "--score", 0)
+    said = run_json(capsys, "predict", run_copy, scenes / "val", "test.batch=3", "--score", 0)
     content = json.loads(Path(said["files"]["predictions"]).read_text())
     assert said["images"] == len(content["images"]) == 8
     assert said["detections"] == len(content["annotations"]) == said["shown"]
@@ -214,7 +214,7 @@ def test_predict_writes_coco_with_original_sizes_and_ids(
         assert y + h <= height + 1e-3
     assert Path(said["files"]["images"]) == run_copy / "predict" / "images"
     assert len(list((run_copy / "predict" / "images").iterdir())) == 8
-    again = figures(capsys, "predict", run_copy, scenes / "val", "--no-draw")
+    again = run_json(capsys, "predict", run_copy, scenes / "val", "--no-draw")
     assert Path(again["files"]["predictions"]).parent == run_copy / "predict-2", "nothing is overwritten"
 
 
@@ -223,12 +223,12 @@ def test_predict_takes_files_globs_and_a_list(
 ) -> None:
     one, two = sorted((scenes / "val").iterdir())[:2]
     plain = ["--no-draw", "device=cpu"]
-    assert figures(capsys, "predict", trained / "last.ckpt", one, f"out={tmp_path / 'a'}", *plain)["images"] == 1
+    assert run_json(capsys, "predict", trained / "last.ckpt", one, f"out={tmp_path / 'a'}", *plain)["images"] == 1
     assert (
-        figures(capsys, "predict", trained, f"{scenes}/val/*.jpg", one, f"out={tmp_path / 'b'}", *plain)["images"] == 8
+        run_json(capsys, "predict", trained, f"{scenes}/val/*.jpg", one, f"out={tmp_path / 'b'}", *plain)["images"] == 8
     )
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{one}\n\n{two}\n"))
-    said = figures(capsys, "predict", trained, "-", f"out={tmp_path / 'c'}", "--precision", "bf16", *plain)
+    said = run_json(capsys, "predict", trained, "-", f"out={tmp_path / 'c'}", "--precision", "bf16", *plain)
     assert said["images"] == 2
     assert "images" not in said["files"]
     text = spoken(capsys, "predict", trained, one, f"out={tmp_path / 'd'}", "test.max_det=3")
@@ -364,15 +364,15 @@ def test_info_says_how_branches_are_counted(capsys: pytest.CaptureFixture[str], 
 
 
 def test_info(capsys: pytest.CaptureFixture[str], trained: Path) -> None:
-    result = figures(capsys, "info", "retinanet_r50")
+    result = run_json(capsys, "info", "retinanet_r50")
     assert result["trainable"] == 37_743_348
     assert result["image"] == [800, 1344]
     assert sum(part["multiply_adds"] for part in result["parts"].values()) == result["multiply_adds"]
     of_model = [setting for setting in SMALL if setting.startswith(("model.", "data.size"))]
-    small = figures(capsys, "info", "retinanet_tiny", *of_model, "--classes", 6)
-    of_run = figures(capsys, "info", trained)
+    small = run_json(capsys, "info", "retinanet_tiny", *of_model, "--classes", 6)
+    of_run = run_json(capsys, "info", trained)
     assert small["parts"] == of_run["parts"], "a run directory is a config too, of its own six classes"
-    assert "retinanet_r50" in figures(capsys, "info")["models"]
+    assert "retinanet_r50" in run_json(capsys, "info")["models"]
     assert "2x_ms" in spoken(capsys, "info")
 
 
@@ -434,13 +434,13 @@ def test_doctor_counts_by_hand(capsys: pytest.CaptureFixture[str], tmp_path: Pat
 def test_browse(capsys: pytest.CaptureFixture[str], scenes: Path, tmp_path: Path) -> None:
     target = tmp_path / "images" / "seen.png"
     arguments = ["browse", f"data={scenes}", "data.size=[64,96]"]
-    assert figures(capsys, *arguments, f"out={target}", "--images", 5) == {"image": str(target), "images": 5}
+    assert run_json(capsys, *arguments, f"out={target}", "--images", 5) == {"image": str(target), "images": 5}
     assert Image.open(target).width > 64
     spoken(capsys, *arguments, f"out={tmp_path / 'b.png'}", "--split", "val", "--images", 99, "--epoch", 3)
 
 
 def test_convert(capsys: pytest.CaptureFixture[str], scenes: Path, tmp_path: Path) -> None:
-    report = figures(capsys, "convert", "data", scenes, tmp_path / "yolo", "--to", "yolo")
+    report = run_json(capsys, "convert", "data", scenes, tmp_path / "yolo", "--to", "yolo")
     assert {split: row["images"] for split, row in report["splits"].items()} == {"train": 8, "val": 8}
     before, after = read_dataset(scenes, "val"), read_dataset(tmp_path / "yolo", "val")
     torch.testing.assert_close(after.boxes, before.boxes, atol=1e-6, rtol=0)
@@ -574,7 +574,7 @@ def test_settings_by_keyword_are_those_by_text() -> None:
 
 
 def test_validate_in_python_is_val(capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path) -> None:
-    said = figures(capsys, "val", trained, f"out={tmp_path / 'a'}")
+    said = run_json(capsys, "val", trained, f"out={tmp_path / 'a'}")
     capsys.readouterr()
     result = fusedet.validate(trained, out=tmp_path / "b", test={"batch": 2})
     assert capsys.readouterr() == ("", ""), "functions print nothing"

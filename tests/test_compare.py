@@ -21,7 +21,7 @@ from fusedet.data.readers.auto import read_dataset
 from fusedet.data.synthetic import generate_dataset
 from fusedet.evaluation.formatting import format_difference, format_interval
 from fusedet.visualization import images
-from test_cli import figures, spoken
+from test_cli import run_json, spoken
 
 pytestmark = pytest.mark.usefixtures("unrendered")
 
@@ -80,27 +80,27 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 def test_two_runs(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path], tmp_path: Path) -> None:
     a, b = runs
-    result = figures(capsys, "compare", a, b, "--resamples", 60)
+    result = run_json(capsys, "compare", a, b, "--resamples", 60)
     assert Path(result["out"]) == b / "compare-plain"
     assert {file.name for file in (b / "compare-plain").iterdir()} == {"compare.json", "classes.png", "images.png"}
     stored = json.loads((b / "compare-plain/compare.json").read_text())
     assert {**result, "out": None, "files": None} == stored | {"out": None, "files": None}
     for side, folder in (("a", a), ("b", b)):
         own = json.loads((folder / "metrics.json").read_text())
-        for name, row in result["figures"].items():
+        for name, row in result["metrics"].items():
             assert row[side] == pytest.approx(own[name], abs=1e-12)
         assert [row[side] for row in result["classes"]] == pytest.approx(
             [row["AP"] for row in own["classes"]], abs=1e-12
         )
         assert result["errors"][side]["AP50"] == pytest.approx(own["AP50"], abs=1e-12)
         assert result["stamp"]["data"] == own["stamp"]["data"]
-    row = result["figures"]["AP"]
+    row = result["metrics"]["AP"]
     assert 0 < row["low"] < row["difference"] < row["high"]
     assert result["conclusion"].startswith("B is better than A")
-    assert figures(capsys, "compare", b, a, "--resamples", 60)["conclusion"].startswith("A is better than B")
-    again = figures(capsys, "compare", a, b, "--resamples", 60, f"out={tmp_path / 'o'}")
-    assert again["figures"] == result["figures"]
-    other = figures(capsys, "compare", a, b, "--resamples", 60, "--bootstrap-seed", 1)["figures"]["AP"]
+    assert run_json(capsys, "compare", b, a, "--resamples", 60)["conclusion"].startswith("A is better than B")
+    again = run_json(capsys, "compare", a, b, "--resamples", 60, f"out={tmp_path / 'o'}")
+    assert again["metrics"] == result["metrics"]
+    other = run_json(capsys, "compare", a, b, "--resamples", 60, "--bootstrap-seed", 1)["metrics"]["AP"]
     assert other["difference"] == row["difference"]
     assert (other["low"], other["high"]) != (row["low"], row["high"])
 
@@ -122,21 +122,21 @@ def test_printed_comparison(capsys: pytest.CaptureFixture[str], runs: tuple[Path
 
 
 def test_results_files(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path], data: Path, tmp_path: Path) -> None:
-    by_folder = figures(capsys, "compare", *runs, "--resamples", 40)["figures"]
+    by_folder = run_json(capsys, "compare", *runs, "--resamples", 40)["metrics"]
     files = [tmp_path / f"{run.name}.json" for run in runs]
-    result = figures(capsys, "compare", *files, f"data={data}", "--resamples", 40)
-    assert result["figures"] == by_folder
+    result = run_json(capsys, "compare", *files, f"data={data}", "--resamples", 40)
+    assert result["metrics"] == by_folder
     assert Path(result["out"]) == tmp_path / "compare-plain"
-    mixed = figures(capsys, "compare", runs[0], files[1], "--resamples", 40)
-    assert mixed["figures"] == by_folder, "one run says on which data the other's results are"
+    mixed = run_json(capsys, "compare", runs[0], files[1], "--resamples", 40)
+    assert mixed["metrics"] == by_folder, "one run says on which data the other's results are"
 
 
 def test_the_same_twice(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path]) -> None:
-    result = figures(capsys, "compare", runs[0], runs[0], "--resamples", 40)
+    result = run_json(capsys, "compare", runs[0], runs[0], "--resamples", 40)
     assert result["conclusion"] == "Nothing can be concluded: A and B are the same, detection by detection."
     assert all(
         row["difference"] == row["low"] == row["high"] == 0
-        for row in result["figures"].values()
+        for row in result["metrics"].values()
         if row["difference"] is not None
     )
     assert not (Path(result["out"]) / "images.png").exists(), "there is no image on which they differ"
@@ -150,7 +150,7 @@ def test_another_split(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Pat
         file = tmp_path / f"{run.name}-test.json"
         file.write_text(json.dumps(guesses(data, "test", recall=0.9, spread=0.1, seed=3)))
         assert cli.run(["val", str(file), f"data={data}", "--split", "test", f"out={run / 'val-test'}"]) == 0
-    result = figures(capsys, "compare", *runs, "--split", "test", "--resamples", 40)
+    result = run_json(capsys, "compare", *runs, "--split", "test", "--resamples", 40)
     assert (result["split"], result["stamp"]["images"]) == ("test", 6)
 
 

@@ -247,7 +247,7 @@ def test_the_weights_of_a_run_name_no_class(
     reported: list[list[State]] = []  # in the place of images
     for module in (command, worker):
         monkeypatch.setattr(
-            module, "write_report", lambda dataset, results, figures, out, title: reported.append(results) or {}
+            module, "write_report", lambda dataset, results, metrics, out, title: reported.append(results) or {}
         )
     assert cli.run(["train", str(run), "--resume", "--json"]) == 0
     assert json.loads((run / "run.json").read_text())["data"].keys() == {"train", "val"}, "written again"

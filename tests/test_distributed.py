@@ -77,7 +77,7 @@ def test_the_processes_stay_equal_and_only_the_first_writes(two):
     weights = [torch.load(out / "whole" / f"{rank}.pt") for rank in (0, 1)]
     saved = checkpoint.load(out / "whole" / "last.ckpt")
     assert saved["step"] == 8
-    # the first process's figures count
+    # the first process's metrics count
     assert saved["best"] == 2.0
     for key, value in weights[0].items():
         assert torch.equal(value, weights[1][key])
@@ -125,16 +125,16 @@ def test_another_number_of_processes_goes_on_with_the_same_batches(two, tmp_path
     )
     assert "goes on in another number of processes: 1 until step 1, 2 from now on" in " ".join(said.split())
     whole = checkpoint.load(tmp_path / "whole" / "last.ckpt")
-    figures = [
+    metrics = [
         list(csv.DictReader((run / "metrics.csv").open()))
         for run in (tmp_path / "whole", out / "two_to_one", out / "one_to_two")
     ]
-    for run, rows in zip((out / "two_to_one", out / "one_to_two"), figures[1:]):
+    for run, rows in zip((out / "two_to_one", out / "one_to_two"), metrics[1:]):
         saved = checkpoint.load(run / "last.ckpt")
         assert saved["step"] == whole["step"]
         for key, value in whole["model"].items():
             assert torch.allclose(saved["model"][key], value, rtol=1e-4, atol=1e-6), (run.name, key)
-        for row, expected in zip(rows, figures[0], strict=True):
+        for row, expected in zip(rows, metrics[0], strict=True):
             assert {k: float(v or 0) for k, v in row.items()} == pytest.approx(
                 {k: float(v or 0) for k, v in expected.items()}, rel=1e-4
             )

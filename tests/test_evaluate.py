@@ -49,8 +49,8 @@ def test_cocos_own_example(shared, iou_type, evaluator):
     data = read_coco(folder / "instances_val2014_100.json", folder, need_images=False)
     results = evaluation.load_results(folder / f"instances_val2014_fake{iou_type}100_results.json")
     expected = json.loads((folder / "expected.json").read_text())
-    figures = evaluation.evaluate_coco(data, results, iou_type=iou_type, evaluator=evaluator)
-    assert [figures[name] for name in expected["stats_order"]] == pytest.approx(expected[iou_type], abs=1e-6)
+    metrics = evaluation.evaluate_coco(data, results, iou_type=iou_type, evaluator=evaluator)
+    assert [metrics[name] for name in expected["stats_order"]] == pytest.approx(expected[iou_type], abs=1e-6)
 
 
 # Few sites and scores, so that ties, exact thresholds, crowds and all three sizes of area are met often.
@@ -99,10 +99,10 @@ def test_pairs_in_blocks_change_nothing(monkeypatch):
 def test_no_results_give_zeros():
     data = dataset([[((0, 0, 20, 20), 0, False)], []])
     for evaluator in evaluation.EVALUATORS:
-        figures = evaluation.evaluate_coco(data, [], evaluator=evaluator)
-        assert figures["AP"] == figures["AP50"] == figures["AR100"] == figures["APs"] == 0
-        assert np.isnan(figures["APl"])
-        assert np.isnan(figures["classes"][1]["AP"])
+        metrics = evaluation.evaluate_coco(data, [], evaluator=evaluator)
+        assert metrics["AP"] == metrics["AP50"] == metrics["AR100"] == metrics["APs"] == 0
+        assert np.isnan(metrics["APl"])
+        assert np.isnan(metrics["classes"][1]["AP"])
     assert evaluation.evaluate_voc(data, [])["mAP"] == 0
     assert evaluation.compute_confusion_matrix(data, []).tolist() == [[0, 0, 1], [0, 0, 0], [0, 0, 0]]
     assert evaluation.compute_precision_recall(data, [])["AP"] == 0

@@ -914,7 +914,7 @@ def test_metrics_of_an_export_are_those_of_the_run(make_export: Callable[..., Pa
         for key in ("AP", "AP50", "APs", "APm", "AR100"):
             assert metrics[name][key] == pytest.approx(metrics["run"][key], abs=1e-4, nan_ok=True)
     compared = fusedet.compare(tmp_path / "run", folder, data=str(parse(read_export(folder)[0].config).data.path))
-    assert compared.report["figures"]["AP"]["difference"] == pytest.approx(0, abs=1e-4)
+    assert compared.report["metrics"]["AP"]["difference"] == pytest.approx(0, abs=1e-4)
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ def write_run(folder: Path, name: str, scores: dict[str, float], *overrides: str
 def test_metrics_of_a_run_by_hand(learning: ModuleType, tmp_path: Path) -> None:
     """10, 5 and 10 steps of 4 images, at 8, 4 and 8 images per second: 5 + 5 + 5 seconds."""
     run = write_run(tmp_path / "run", "fcos", {"AP": 0.61239, "AP50": 0.9})
-    assert learning.figures("fcos", run) == {
+    assert learning.summarize_run("fcos", run) == {
         "detector": "fcos",
         "AP": 0.612,
         "AP50": 0.9,
@@ -62,7 +62,7 @@ def test_both_values_must_be_reached(
 ) -> None:
     least = learning.LEAST["mask_rcnn"]
     scores = {"AP": 0.1, "AP50": least["AP50"] + boxes, "mask_AP": 0.1, "mask_AP50": least["mask_AP50"] + masks}
-    assert learning.figures("mask_rcnn", write_run(tmp_path / "run", "mask_rcnn", scores))["reached"] is reached
+    assert learning.summarize_run("mask_rcnn", write_run(tmp_path / "run", "mask_rcnn", scores))["reached"] is reached
 
 
 def test_finished_runs_are_reused_unless_the_recipe_differs(learning: ModuleType, tmp_path: Path) -> None:

@@ -47,8 +47,8 @@ def test_training_writes_losses_figures_and_results_of_masks(run: Path, scenes: 
     rows = list(csv.DictReader((run / "metrics.csv").open()))
     assert any(float(row["loss_mask"] or 0) > 0 for row in rows)
     assert any(row["mask_AP50"] for row in rows)
-    figures = json.loads((run / "metrics.json").read_text())
-    assert {"mask_AP", "mask_AP50"} <= figures.keys() & figures["classes"][0].keys()
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert {"mask_AP", "mask_AP50"} <= metrics.keys() & metrics["classes"][0].keys()
     boxes, masks = (json.loads((run / f"val.{kind}.json").read_text()) for kind in ("bbox", "segm"))
     assert len(boxes) == len(masks) > 0
     assert boxes[0].keys() == {"image_id", "category_id", "score", "bbox"}
@@ -57,7 +57,7 @@ def test_training_writes_losses_figures_and_results_of_masks(run: Path, scenes: 
     sizes = dict(zip(dataset.image_ids.tolist(), dataset.sizes.tolist()))
     assert all(result["segmentation"]["size"] == sizes[result["image_id"]] for result in masks)
     again = compute_mask_metrics(dataset, masks)
-    assert again["mask_AP"] == pytest.approx(figures["mask_AP"], nan_ok=True)
+    assert again["mask_AP"] == pytest.approx(metrics["mask_AP"], nan_ok=True)
 
 
 def test_scoring_prints_masks_too(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,9 +129,9 @@ def test_what_is_known_scores_well(scenes: Path) -> None:
     dataset = read_dataset(scenes, "val")
     batches = list(build_eval_loader(dataset, EvalTransform(128, 192), batch=4, masks=True))
     results = detect(Knowing(batches), batches, dataset, torch.device("cpu"))
-    figures = compute_mask_metrics(dataset, results)
-    assert figures["mask_AP50"] == 1
-    assert figures["mask_AP"] > 0.8
+    metrics = compute_mask_metrics(dataset, results)
+    assert metrics["mask_AP50"] == 1
+    assert metrics["mask_AP"] > 0.8
 
 
 def test_results_in_cocos_form_are_the_masks() -> None:

@@ -485,8 +485,8 @@ def test_train_val_and_predict_agree(few_scenes: Path, tmp_path: Path) -> None:
     assert cli.run(["train", "retinanet_tiny", f"data={few_scenes}", f"out={out}", *SMALL, *tiles]) == 0
     assert "val_loss" in (out / "metrics.csv").read_text()
     assert cli.run(["val", str(out), f"out={tmp_path / 'val'}"]) == 0
-    figures = [json.loads((f / "metrics.json").read_text()) for f in (out, tmp_path / "val")]
-    assert figures[0]["AP"] == pytest.approx(figures[1]["AP"], abs=1e-6)
+    metrics = [json.loads((f / "metrics.json").read_text()) for f in (out, tmp_path / "val")]
+    assert metrics[0]["AP"] == pytest.approx(metrics[1]["AP"], abs=1e-6)
     dataset = read_dataset(few_scenes, "val")
     results = json.loads((tmp_path / "val" / "val.bbox.json").read_text())
     tiled, plain = (
@@ -512,14 +512,14 @@ def test_tiles_help(tmp_path: Path, capsys: Any) -> None:
     arguments = ["val", str(run), "--tiles-help", "--resamples", "40", "test.tiles.size=48", "device=cpu", "--json"]
     assert cli.run([*arguments, "test.size_bins=[0,16,1000]"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert set(report["figures"]) >= {"AP", "APs", "APm", "APl", "AP 0-16 px"}
+    assert set(report["metrics"]) >= {"AP", "APs", "APm", "APl", "AP 0-16 px"}
     assert report["tiles"]["per_image"] > 2
     assert report["seconds_per_image"]["b"] > 0
     assert "an image takes" in report["conclusion"]
     for side, tiles, name in (("a", "{size: null}", "whole"), ("b", "{size: 48}", "tiles")):
         assert cli.run(["val", str(run), f"out={tmp_path / side}", f"test.tiles={tiles}", "device=cpu"]) == 0
         metrics = json.loads((tmp_path / side / "metrics.json").read_text())
-        assert report["figures"]["AP"][side] == pytest.approx(metrics["AP"], abs=1e-9)
+        assert report["metrics"]["AP"][side] == pytest.approx(metrics["AP"], abs=1e-9)
         stored = json.loads((run / "val-tiles" / f"{name}.bbox.json").read_text())
         assert len(stored) == len(json.loads((tmp_path / side / "val.bbox.json").read_text()))
     capsys.readouterr()

@@ -27,7 +27,7 @@ MASK_WITH_BACKGROUND = 44_175_349 - 44_170_992
 # specification, B.1)
 MISSED = {("msfm_table4", "Grid R-CNN*")}
 OURS = {"modules_together", "necks", "seed_noise", "sizes"}
-# rows that the prose of MSE-FPN names without a figure, or with one that it gives as a difference to them
+# rows that the prose of MSE-FPN names without a metric, or with one that it gives as a difference to them
 WITHOUT_FIGURES = {
     "mse_fpn_table2": {"FPN", "SEM + SIM + GCG"},
     "mse_fpn_table3": {"FPN", "C2, C3, C4, C5", "C3, C4, C5", "C4, C5"},
@@ -35,7 +35,7 @@ WITHOUT_FIGURES = {
     "mse_fpn_table5": {"FPN"},
     "mse_fpn_table6": {"FPN", "GCG behind SEM and SIM"},
 }
-# rows of Table 2 with the figures of equal rows of other tables
+# rows of Table 2 with the metrics of equal rows of other tables
 FROM_OTHER_TABLES = {"SEM": ("mse_fpn_table4", "(c) both"), "SIM": ("mse_fpn_table5", "SIM")}
 # other readings of rows that the papers print, beside these: the whole label or its end
 READINGS = (
@@ -54,7 +54,7 @@ PRINTED_WARM_UP = {"msfm_table4"}
 
 
 def is_printed(name: str, label: str) -> bool:
-    """Whether the text prints a figure for this very row."""
+    """Whether the text prints a metric for this very row."""
     borrowed = name == "mse_fpn_table2" and label in FROM_OTHER_TABLES
     return not (borrowed or label in WITHOUT_FIGURES.get(name, ()) or label.endswith(READINGS))
 
@@ -72,16 +72,16 @@ def printed() -> dict[str, list[dict[str, Any]]]:
         kind = "mask_" if table["task"] == "segm" else ""
         for row in table["rows"]:
             # the paper's AP on VOC is VOC's
-            figures = {
+            metrics = {
                 "VOC_AP" if row["config"].get("dataset") == "voc2012" else f"{kind}{k}": v
                 for k, v in row["metrics"].items()
             }
             split = table.get("split") or row["config"]["split"]
             rows = tables.setdefault(f"{table['paper'].lower()}_table{table['table']}", [])
-            rows.append(row | {"metrics": figures, "split": split})
+            rows.append(row | {"metrics": metrics, "split": split})
     for row in tree["prose"]:
-        figures = {key: row[key] for key in ("AP", "delta_AP") if key in row}
-        tables.setdefault(f"mse_fpn_table{row['table']}", []).append(row | {"metrics": figures})
+        metrics = {key: row[key] for key in ("AP", "delta_AP") if key in row}
+        tables.setdefault(f"mse_fpn_table{row['table']}", []).append(row | {"metrics": metrics})
     return tables
 
 
@@ -144,7 +144,7 @@ def test_every_row_is_built_and_has_the_printed_parameters(table: Table, row: Ro
 
 
 def test_no_table_and_no_row_is_forgotten(shared: Path) -> None:
-    # Table 3 of MSE-FPN has no figure in the text
+    # Table 3 of MSE-FPN has no metric in the text
     assert set(list_tables()) == {*printed(), "mse_fpn_table3", *OURS}
     assert {name: len(rows) for name, rows in printed().items()} == {
         name: sum(is_printed(name, row.label) for row in table(name).rows) for name in printed()

@@ -94,14 +94,14 @@ def test_submission_has_the_metrics_of_val(run: Path, coco: Path, tmp_path: Path
     """pycocotools computes the same metrics from the written file, apart from rounding."""
     out = tmp_path / "val"
     assert cli.run(["val", str(run), "--submission", f"out={out}"]) == 0
-    figures = json.loads((out / "metrics.json").read_text())
+    metrics = json.loads((out / "metrics.json").read_text())
     truth = COCO(str(coco / "annotations" / "instances_val2017.json"))
     server = COCOeval(truth, truth.loadRes(str(out / "bbox" / "detections_val2017_my-run-2_results.json")), "bbox")
     server.evaluate()
     server.accumulate()
     server.summarize()
-    assert server.stats[0] == pytest.approx(figures["AP"], abs=1e-3)
-    assert server.stats[8] == pytest.approx(figures["AR100"], abs=1e-2)
+    assert server.stats[0] == pytest.approx(metrics["AP"], abs=1e-3)
+    assert server.stats[8] == pytest.approx(metrics["AR100"], abs=1e-2)
 
 
 def test_a_split_without_annotations_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -269,5 +269,5 @@ def test_voc_data_are_evaluated_both_ways(scenes: Path, tmp_path: Path, capsys: 
     ]
     (tmp_path / "perfect.json").write_text(json.dumps(perfect))
     assert cli.run(["val", str(tmp_path / "perfect.json"), f"data={data}", "--json"]) == 0
-    figures = json.loads(capsys.readouterr().out)
-    assert figures["AP"] == figures["VOC_AP"] == figures["VOC_AP_11_point"] == pytest.approx(1)
+    metrics = json.loads(capsys.readouterr().out)
+    assert metrics["AP"] == metrics["VOC_AP"] == metrics["VOC_AP_11_point"] == pytest.approx(1)

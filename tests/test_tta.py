@@ -274,8 +274,8 @@ def test_train_val_and_predict_agree(tmp_path: Path) -> None:
     overrides += ["model.pyramid.finest=5", "model.pyramid.coarsest=5"]
     assert cli.run(["train", "retinanet_tiny", f"data={scenes}", f"out={out}", *SMALL, *overrides]) == 0
     assert cli.run(["val", str(out), f"out={tmp_path / 'val'}"]) == 0
-    figures = [json.loads((folder / "metrics.json").read_text()) for folder in (out, tmp_path / "val")]
-    assert figures[0]["AP"] == pytest.approx(figures[1]["AP"], abs=1e-6)
+    metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (out, tmp_path / "val")]
+    assert metrics[0]["AP"] == pytest.approx(metrics[1]["AP"], abs=1e-6)
     dataset = read_dataset(scenes, "val")
     detections = fusedet.load(out, device="cpu").predict(dataset.path(0))
     results = json.loads((tmp_path / "val" / "val.bbox.json").read_text())

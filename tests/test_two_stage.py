@@ -308,7 +308,7 @@ def test_auxiliary_stages_must_fit_the_neck() -> None:
     assert TwoStage(*parts, auxiliary_stages=made.auxiliary_stages).loss_weights == made.loss_weights
 
 
-# -- cost, against other libraries' figures for the same detectors
+# -- cost, against other libraries' numbers for the same detectors
 
 
 @pytest.mark.parametrize(

@@ -104,5 +104,5 @@ def test_command_without_the_source_tree(scripts, tmp_path):
     assert not [p for p in places if p and Path(p).resolve().is_relative_to(ROOT / "src")]
 
     command = scripts / ("fusedet.exe" if os.name == "nt" else "fusedet")
-    figures = json.loads(called("info", "retinanet_r50", "--json", cwd=tmp_path, python=command))
-    assert figures["trainable"] == 37_743_348
+    metrics = json.loads(called("info", "retinanet_r50", "--json", cwd=tmp_path, python=command))
+    assert metrics["trainable"] == 37_743_348

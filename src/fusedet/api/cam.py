@@ -112,7 +112,7 @@ def cam(
             first if len(skipped) == 1 else f"none of {len(skipped)} images has a detection, the first: {first}"
         )
     target: Path | None = None
-    figures: dict[str, Any] = {}
+    report: dict[str, Any] = {}
     files: dict[str, Path] = {}
     for job in jobs:
         seen = {source: compute_maps(predictor, job.image, job.name, best_only) for source, predictor in runs.items()}
@@ -123,21 +123,21 @@ def cam(
         if target is None:
             target = run_dir.create_run_dir(options.out or run_dir.find_free_path(run_dir.parent_of(run), "cam"))
         drawn, numbers = draw_figures(job, seen, set(only or PARTS), _stem(target, job.path))
-        figures[str(job.path)] = {
+        report[str(job.path)] = {
             "class": job.name,
             **numbers,
             "files": {what: str(file) for what, file in drawn.items()},
         }
         files |= {f"{job.path.name}, {what}": file for what, file in drawn.items()}
     assert target is not None, "no image was given"
-    run_dir.write_json(target / "cam.json", figures)
-    return CamResult(figures, target, files | {"figures": target / "cam.json"}, skipped)
+    run_dir.write_json(target / "cam.json", report)
+    return CamResult(report, target, files | {"report": target / "cam.json"}, skipped)
 
 
-def format_report(figures: Mapping[str, Any]) -> list[str]:
+def format_report(report: Mapping[str, Any]) -> list[str]:
     """Format the share of the heat inside the detected boxes, one line per image, kind of map and row."""
     lines = []
-    for path, numbers in figures.items():
+    for path, numbers in report.items():
         runs = numbers["runs"]
         best = ", ".join(f"{source} {own['score']:.2f}" for source, own in runs.items())
         lines.append(f"{path}: {numbers['class']}, highest score {best}")

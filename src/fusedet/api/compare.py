@@ -98,7 +98,7 @@ def compare(
     for file in stored:
         _same_data(file, dataset)
     tables = [evaluation.build_detection_table(dataset, detections) for detections in results]
-    figures = dict(evaluation.paired_bootstrap(dataset, *tables, resamples=resamples, seed=bootstrap_seed))
+    metrics = dict(evaluation.paired_bootstrap(dataset, *tables, resamples=resamples, seed=bootstrap_seed))
     report = {
         "a": a,
         "b": b,
@@ -108,9 +108,9 @@ def compare(
         "resamples": resamples,
         "seed": bootstrap_seed,
         "level": LEVEL,
-        "conclusion": SAME if results[0] == results[1] else conclusion(figures["AP"], len(dataset)),
-        "figures": {name: figures[name] for name in BOOTSTRAP_METRICS},
-        "classes": figures["classes"],
+        "conclusion": SAME if results[0] == results[1] else conclusion(metrics["AP"], len(dataset)),
+        "metrics": {name: metrics[name] for name in BOOTSTRAP_METRICS},
+        "classes": metrics["classes"],
         "errors": {side: evaluation.analyze_errors(dataset, table) for side, table in zip("ab", tables)},
     }
     name = f"compare-{Path(a).stem}"
@@ -123,7 +123,7 @@ def compare(
     run_dir.write_json(files["comparison"], report)
     title = f"{_short(b)} less {_short(a)}: AP by class, {100 * LEVEL:g} % over images"
     visualization.plot_differences(
-        figures["classes"], files["differences by class"], title, {"name": "all classes"} | figures["AP"]
+        metrics["classes"], files["differences by class"], title, {"name": "all classes"} | metrics["AP"]
     )
     if (sheet := _differing(dataset, tables)) is None:
         del files["images that differ most"]
@@ -177,13 +177,13 @@ def _stored(source: str, split: str) -> Path:
 
 def _same_data(file: Path, dataset: DetectionDataset) -> None:
     """Raise InputError if the stamp beside a run's results is of other data."""
-    metrics = file.with_name(METRICS)
-    if file.name != RESULTS or not metrics.is_file():
+    metrics_file = file.with_name(METRICS)
+    if file.name != RESULTS or not metrics_file.is_file():
         return  # results of another program: their ids are checked where they are read
-    stamp = (run_dir.read_json(metrics) or {}).get("stamp")
+    stamp = (run_dir.read_json(metrics_file) or {}).get("stamp")
     if not isinstance(stamp, dict) or "data" not in stamp:
         raise InputError(
-            f"{metrics} is not what fusedet val writes, it has no stamp: score the run again with fusedet val"
+            f"{metrics_file} is not what fusedet val writes, it has no stamp: score the run again with fusedet val"
         )
     if stamp["data"] != (here := dataset.fingerprint()):
         other = f"(fingerprint {stamp['data']}, {stamp.get('images')} images)"

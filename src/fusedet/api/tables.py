@@ -47,7 +47,7 @@ def comparison_table(report: Mapping[str, Any]) -> RenderableType:
     """Return metrics of two runs with the difference's interval, then AP per class, then the error breakdown."""
     level = f"{100 * report['level']:g} % over images"
     rows_by_title = {
-        "": [{"name": name} | row for name, row in report["figures"].items()],
+        "": [{"name": name} | row for name, row in report["metrics"].items()],
         "class": report["classes"],
     }
     tables = []
@@ -69,7 +69,7 @@ def tiles_table(report: Mapping[str, Any]) -> RenderableType:
     tiles, seconds = report["tiles"], report["seconds_per_image"]
     title = f"tiles of {tiles['size']} pixels, {tiles['per_image']:.1f} windows per image"
     table = _table("", "whole", "tiles", "difference", f"{100 * report['level']:g} % over images", title=title)
-    for name, row in report["figures"].items():
+    for name, row in report["metrics"].items():
         _add_difference(table, name, row)
     times = [f"{1000 * seconds[side]:,.0f} ms" for side in "ab"]
     table.add_row("time per image", *times, f"x {seconds['b'] / seconds['a']:.1f}", "")

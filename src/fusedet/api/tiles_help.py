@@ -118,12 +118,12 @@ def measure_tiles(
     ready = tuned(detector.to(device), options, names=names)
     sides = [options.replace(test=options.test.replace(tiles=own)) for own in (PredictionTiles(), tiles)]
     results, seconds = zip(*(_detect(ready, side, dataset, device, progress) for side in sides))
-    figures = dict(
+    metrics = dict(
         evaluation.paired_bootstrap(
             dataset, *results, resamples=resamples, seed=bootstrap_seed, size_bins=options.test.size_bins or ()
         )
     )
-    classes = figures.pop("classes")
+    classes = metrics.pop("classes")
     report = {
         "source": str(source),
         "data": str(options.data.path),
@@ -134,9 +134,9 @@ def measure_tiles(
         "resamples": resamples,
         "seed": bootstrap_seed,
         "level": LEVEL,
-        "figures": figures,
+        "metrics": metrics,
         "classes": classes,
-        "conclusion": conclude(figures, seconds[1] / seconds[0], len(dataset)),
+        "conclusion": conclude(metrics, seconds[1] / seconds[0], len(dataset)),
     }
     out = run_dir.create_run_dir(options.out or run_dir.find_free_path(run_dir.parent_of(source), "val-tiles"))
     files = {
@@ -152,15 +152,15 @@ def measure_tiles(
     return TilesHelp(report, out, files)
 
 
-def conclude(figures: Mapping[str, Mapping[str, float]], slower: float, images: int) -> str:
+def conclude(metrics: Mapping[str, Mapping[str, float]], slower: float, images: int) -> str:
     """Return whether tiles help, as sentences.
 
     Args:
-        figures: Metrics a (without), b (with tiles), their difference and its interval.
+        metrics: Metrics a (without), b (with tiles), their difference and its interval.
         slower: How many times as long an image takes with tiles.
         images: The number of images.
     """
-    row = figures["AP"]
+    row = metrics["AP"]
     change, low, high = format_difference(row["difference"]), row["low"], row["high"]
     cost = f"an image takes {slower:.1f} times as long"
     if not low <= high:  # NaN
@@ -173,7 +173,7 @@ def conclude(figures: Mapping[str, Mapping[str, float]], slower: float, images: 
         text = f"Tiles {verdict} here: AP {change}, {ends}; {cost}."
     sizes = {"APs": "small", "APm": "medium", "APl": "large"}
     for word, sign in (("gain", 1), ("lose", -1)):
-        own = [name for key, name in sizes.items() if min(sign * figures[key]["low"], sign * figures[key]["high"]) > 0]
+        own = [name for key, name in sizes.items() if min(sign * metrics[key]["low"], sign * metrics[key]["high"]) > 0]
         if own:
             text += f" {' and '.join(own).capitalize()} objects {word}."
     return text
