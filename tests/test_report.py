@@ -111,8 +111,8 @@ def test_matrix_is_the_confusion_matrix_at_every_threshold(images: Any) -> None:
         assert fill_matrix(counts, threshold) == matrix.tolist()
         kinds = {kind: count_from(own, threshold) for kind, own in counts.kinds.items()}
         assert kinds["correct"] == np.trace(matrix) == sum(count_from(own, threshold) for own in counts.right)
-        assert kinds["wrong"] == matrix[:-1, :-1].sum() - np.trace(matrix)
-        assert kinds["misplaced"] + kinds["false"] == matrix[-1].sum()
+        assert kinds["classification"] == matrix[:-1, :-1].sum() - np.trace(matrix)
+        assert kinds["localization"] + kinds["duplicate"] + kinds["background"] == matrix[-1].sum()
         predicted = [count_from(a, threshold) + count_from(b, threshold) for a, b in zip(counts.right, counts.wrong)]
         assert predicted == matrix[:, :-1].sum(axis=0).tolist()
 
@@ -123,7 +123,7 @@ A, B, C, FAR = (0, 0, 40, 40), (50, 50, 90, 90), (20, 0, 60, 40), (0, 50, 30, 90
 
 
 def by_hand(**options: Any) -> tuple[DetectionDataset, list[dict[str, Any]]]:
-    """Two images: a true positive, a wrong class and a false detection; a badly placed box and an ignored object."""
+    """Two images: a true positive, errors of classification, background and localization, and an ignored object."""
     data = dataset([[(A, 0, False), (B, 1, False)], [(A, 0, False), (B, 1, True)]], size=(96, 96), **options)
     cat, dog = data.category_ids
     first = [result(1, cat, A, 0.9), result(1, cat, B, 0.6), result(1, dog, FAR, 0.4)]
@@ -136,7 +136,13 @@ def test_counts_by_hand() -> None:
     assert (pairs.matches == IGNORED).sum() == 1
     assert pairs.own_iou.max() == 1
     kinds = classify(pairs)
-    assert [KINDS[k] if k >= 0 else "" for k in kinds] == ["correct", "wrong", "false", "misplaced", ""]
+    assert [KINDS[k] if k >= 0 else "" for k in kinds] == [
+        "correct",
+        "classification",
+        "background",
+        "localization",
+        "",
+    ]
     counts = count_by_threshold(pairs, kinds, data.names)
     assert fill_matrix(counts, 30) == [[1, 0, 1], [1, 0, 0], [1, 1, 0]]
     assert fill_matrix(counts, 41) == [[1, 0, 1], [1, 0, 0], [1, 0, 0]]
@@ -144,6 +150,15 @@ def test_counts_by_hand() -> None:
     assert fill_matrix(counts, 81) == [[1, 0, 1], [0, 0, 1], [0, 0, 0]]
     assert fill_matrix(counts, 91) == [[0, 0, 2], [0, 0, 1], [0, 0, 0]]
     assert (counts.objects, counts.right, counts.wrong) == ([2, 1], [[90, 1], []], [[60, 1, 80, 1], [40, 1]])
+
+
+def test_a_second_box_is_a_duplicate() -> None:
+    """It overlaps a matched object of its class by 0.5 or more; by less, it is a localization error."""
+    data = dataset([[(A, 0, False)]], size=(96, 96))
+    boxes = [(A, 0.9), ((0, 0, 40, 20), 0.8), ((0, 0, 40, 19), 0.7)]
+    results = [result(1, data.category_ids[0], box, score) for box, score in boxes]
+    kinds = classify(match_images(data, results))
+    assert [KINDS[k] for k in kinds] == ["correct", "duplicate", "localization"]
 
 
 def test_best_thresholds_by_hand() -> None:
@@ -277,7 +292,13 @@ def test_page_embeds_the_counts(page: Path) -> None:
     counts = read_counts(page.read_text())
     assert counts["cells"] == [[0, 0, [90, 1]], [1, 0, [60, 1]], [2, 0, [80, 1]], [2, 1, [40, 1]]]
     assert counts["totals"] == [2, 1, 0]
-    assert counts["kinds"] == {"false": [40, 1], "misplaced": [80, 1], "wrong": [60, 1], "correct": [90, 1]}
+    assert counts["kinds"] == {
+        "background": [40, 1],
+        "duplicate": [],
+        "localization": [80, 1],
+        "classification": [60, 1],
+        "correct": [90, 1],
+    }
 
 
 def test_page_has_all_sections(page: Path) -> None:
@@ -328,9 +349,9 @@ def test_gallery_follows_its_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     kinds = {own.kind: (own.kind_at(30), own.kind_at(95)) for own in items}
     assert kinds == {
         "missed": ("missed", "missed"),
-        "false": ("false", ""),
-        "misplaced": ("misplaced", ""),
-        "wrong": ("wrong", "missed"),
+        "background": ("background", ""),
+        "localization": ("localization", ""),
+        "classification": ("classification", "missed"),
         "correct": ("correct", "missed"),
     }
     thumbnails, unread = gallery.make_thumbnails(data, pairs, items)
@@ -474,12 +495,14 @@ def read_rows(window: Any, selector: str) -> list[list[str]]:
 def test_matrix_and_gallery_follow_the_slider(view: Any) -> None:
     window = view.window
     groups = "groups => Object.fromEntries(groups.map(g => [g.dataset.group, g.querySelectorAll('figure').length]))"
-    for threshold, shown in (
-        (30, {"missed": 1, "false": 1, "misplaced": 1, "wrong": 1, "correct": 1}),
-        (70, {"missed": 2, "false": 0, "misplaced": 1, "wrong": 0, "correct": 1}),
-        (95, {"missed": 3, "false": 0, "misplaced": 0, "wrong": 0, "correct": 0}),
-        (0, {"missed": 1, "false": 1, "misplaced": 1, "wrong": 1, "correct": 1}),
+    kinds = ("missed", "background", "duplicate", "localization", "classification", "correct")
+    for threshold, numbers in (
+        (30, (1, 1, 0, 1, 1, 1)),
+        (70, (2, 0, 0, 1, 0, 1)),
+        (95, (3, 0, 0, 0, 0, 0)),
+        (0, (1, 1, 0, 1, 1, 1)),
     ):
+        shown = dict(zip(kinds, numbers, strict=True))
         window.fill("#threshold", str(threshold))
         assert window.text_content("#at") == f"{threshold / 100:.2f}"
         assert window.eval_on_selector_all("[data-group]", groups) == shown

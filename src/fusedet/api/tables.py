@@ -57,10 +57,10 @@ def comparison_table(report: Mapping[str, Any]) -> RenderableType:
             _add_difference(table, row["name"], row)
         tables.append(table)
     errors = _table("errors at IoU 0.5", "A", "B", "AP50 lost, A", "B")
-    a, b = (report["errors"][side]["kinds"] for side in "ab")
-    for kind in a:
-        counts = [f"{side[kind]['count']:,}" for side in (a, b)]
-        errors.add_row(kind, *counts, *(format_number(side[kind]["dAP"]) for side in (a, b)))
+    a, b = (report["errors"][side]["types"] for side in "ab")
+    for name in a:
+        counts = [f"{side[name]['count']:,}" for side in (a, b)]
+        errors.add_row(name, *counts, *(format_number(side[name]["dAP"]) for side in (a, b)))
     return Group(Text(f"A: {report['a']}\nB: {report['b']}"), *tables, errors)
 
 

@@ -16,7 +16,7 @@ from fusedet.evaluation.ground_truth import xyxy_to_xywh
 from fusedet.evaluation.results import DetectionTable, Result, build_detection_table, nan_mean
 
 ERROR_TYPES = ("classification", "localization", "both", "duplicate", "background", "missed")
-CLASS, PLACE, BOTH, DUPLICATE, BACKGROUND, MISSED = range(6)
+CLASSIFICATION, LOCALIZATION, BOTH, DUPLICATE, BACKGROUND, MISSED = range(6)
 FOREGROUND, NOTHING = 0.5, 0.1
 """IoU from which a detection matches an instance, and up to which it lies on the background."""
 
@@ -43,7 +43,7 @@ def analyze_errors(dataset: DetectionDataset, results: Sequence[Result] | Detect
     without instances is left out where the package counts 0.
 
     Returns:
-        {AP50, kinds: {type: {count, dAP}}}.
+        {AP50, types: {type: {count, dAP}}}.
 
     Raises:
         InputError: The results do not fit the dataset, as in `evaluate_coco`.
@@ -67,13 +67,13 @@ def analyze_errors(dataset: DetectionDataset, results: Sequence[Result] | Detect
     det, gt, same = near.det, others_in_image[near.gt], labels[false[near.det]] == classes[others_in_image[near.gt]]
     own, own_iou = _find_max_iou(det[same], gt[same], near.iou[same], len(false))
     other, other_iou = _find_max_iou(det[~same], gt[~same], near.iou[~same], len(false))
-    kind = np.select(
+    error_type = np.select(
         [(own >= 0) & (own_iou <= FOREGROUND), other_iou >= FOREGROUND, own >= 0, other_iou > NOTHING],
-        [PLACE, CLASS, DUPLICATE, BOTH],
+        [LOCALIZATION, CLASSIFICATION, DUPLICATE, BOTH],
         BACKGROUND,
     )
     # the instance that the detection would match if corrected
-    target = np.select([kind == PLACE, kind == CLASS], [own, other], -1)
+    target = np.select([error_type == LOCALIZATION, error_type == CLASSIFICATION], [own, other], -1)
     target[np.append(used, False)[target]] = -1
     missed = ~used & ~crowd
     missed[target[target >= 0]] = False
@@ -88,17 +88,17 @@ def analyze_errors(dataset: DetectionDataset, results: Sequence[Result] | Detect
     errors = {}
     for k, name in enumerate(ERROR_TYPES):
         new_labels, is_true_positive, removed = labels.copy(), right.copy(), nothing.copy()
-        corrected = best & (kind == k)
+        corrected = best & (error_type == k)
         is_true_positive[false[corrected]] = True
         new_labels[false[corrected]] = classes[target[corrected]]
-        removed[false[(kind == k) & ~best]] = True
+        removed[false[(error_type == k) & ~best]] = True
         counted = ~missed if k == MISSED else np.ones_like(missed)
         after = _ap50(pairs, new_labels, is_true_positive, removed, counted, n, names)
         errors[name] = {
-            "count": int(missed.sum() if k == MISSED else (kind == k).sum()),
+            "count": int(missed.sum() if k == MISSED else (error_type == k).sum()),
             "dAP": max(0.0, after - before),
         }
-    return {"AP50": before, "kinds": errors}
+    return {"AP50": before, "types": errors}
 
 
 def _find_max_iou(det: np.ndarray, gt: np.ndarray, iou: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -116,7 +116,7 @@ def analyze_run(
         intervals,
         _find_intervals(resampled.classes, len(dataset)),
         _rank_sizes(dataset, values, intervals, size_bins),
-        analyze_errors(dataset, table)["kinds"],
+        analyze_errors(dataset, table)["types"],
         compute_precision_recall(dataset, table),
         count_by_threshold(pairs, kinds, dataset.names),
         find_best_thresholds(dataset, pairs, weights),
@@ -161,27 +161,27 @@ def _rank_sizes(
     ]
 
 
-KIND_TEXTS = {
-    "classification": "Objects that are predicted as a wrong class",
-    "localization": "Badly placed boxes",
-    "both": "Badly placed boxes of a wrong class",
-    "duplicate": "Second boxes on one object",
-    "background": "Detections on the background",
+ERROR_TEXTS = {
+    "classification": "Classification errors (boxes of a wrong class)",
+    "localization": "Localization errors (badly placed boxes)",
+    "both": "Errors of localization and class",
+    "duplicate": "Duplicates (second boxes on one object)",
+    "background": "Background errors (boxes where no object is)",
     "missed": "Missed objects",
 }
 
 
 def summarize(analysis: Analysis) -> list[str]:
-    """Say where the detector fails: the kind of error that costs most, the worst size and the worst class."""
+    """Say where the detector fails: the error type that costs most, the worst size and the worst class."""
     text = []
-    kind, row = max(analysis.errors.items(), key=lambda item: item[1]["dAP"])
+    name, row = max(analysis.errors.items(), key=lambda item: item[1]["dAP"])
     if row["dAP"] > 0:
         text.append(
-            f"{KIND_TEXTS[kind]} cost the most: without these {row['count']:,} errors AP50 would rise from "
+            f"{ERROR_TEXTS[name]} cost the most: without these {row['count']:,} errors AP50 would rise from "
             f"{analysis.metrics['AP50']:.3f} by {row['dAP']:.3f}."
         )
     else:
-        text.append("No kind of error costs AP50.")
+        text.append("No error type costs AP50.")
     sizes = [size for size in analysis.sizes if size.objects >= FEWEST and math.isfinite(size.ap)]
     if len(sizes) > 1:
         worst, best = min(sizes, key=lambda size: size.ap), max(sizes, key=lambda size: size.ap)

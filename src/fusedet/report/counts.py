@@ -9,8 +9,9 @@ import numpy as np
 from fusedet.evaluation.image_matching import FALSE_POSITIVE, IGNORED, ImageMatches
 from fusedet.evaluation.score_thresholds import THRESHOLDS, find_score_bins
 
-CORRECT, WRONG, MISPLACED, FALSE, MISSED = "correct", "wrong", "misplaced", "false", "missed"
-KINDS = (MISSED, FALSE, MISPLACED, WRONG, CORRECT)
+CORRECT, CLASSIFICATION, LOCALIZATION = "correct", "classification", "localization"
+DUPLICATE, BACKGROUND, MISSED = "duplicate", "background", "missed"
+KINDS = (MISSED, BACKGROUND, DUPLICATE, LOCALIZATION, CLASSIFICATION, CORRECT)
 """What a detection or an instance is at a threshold, the errors first."""
 
 DEFAULT = 30
@@ -20,9 +21,9 @@ SHOWN_CLASSES = 24
 """Classes of the confusion matrix; of more, the others share a row and a column."""
 
 NEAR = 0.1
-"""The IoU with an instance of its class from which a false positive is a badly placed box."""
+"""The IoU with an instance of its class from which a false positive is a localization error."""
 
-OTHERS, BACKGROUND = "other classes", "background"
+OTHERS = "other classes"
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Counts:
     bin b counts at each threshold up to b hundredths.
 
     Attributes:
-        kinds: Histograms of detections: correct, wrong (class), misplaced, false.
+        kinds: Histograms of detections by all of `KINDS` but missed.
         objects: Instances per class.
         right: Histograms of the true positives per class.
         wrong: Histograms of the other detections per class.
@@ -65,19 +66,18 @@ class Counts:
 def classify(pairs: ImageMatches) -> np.ndarray:
     """Return the index in `KINDS` of each detection (D,), -1 of an ignored one.
 
-    A detection is correct or of the wrong class if it matches an instance. Others are badly placed if their IoU with
-    an instance of their class is at least `NEAR`, else false.
+    A detection is correct or a classification error if it matches an instance. Others are duplicates if their IoU with
+    an instance of their class is at least 0.5, localization errors if it is at least `NEAR`, else background errors.
     """
     is_false = pairs.matches == FALSE_POSITIVE
-    # a duplicate overlaps as much as a match, and is no question of the place
-    is_near = is_false & (pairs.own_iou >= NEAR) & (pairs.own_iou < 0.5)
     choices = [
         (pairs.matches == IGNORED, -1),
-        (is_near, KINDS.index(MISPLACED)),
-        (is_false, KINDS.index(FALSE)),
+        (is_false & (pairs.own_iou >= 0.5), KINDS.index(DUPLICATE)),
+        (is_false & (pairs.own_iou >= NEAR), KINDS.index(LOCALIZATION)),
+        (is_false, KINDS.index(BACKGROUND)),
         (pairs.is_right, KINDS.index(CORRECT)),
     ]
-    return np.select([own for own, _ in choices], [value for _, value in choices], KINDS.index(WRONG))
+    return np.select([own for own, _ in choices], [value for _, value in choices], KINDS.index(CLASSIFICATION))
 
 
 def count_by_threshold(pairs: ImageMatches, kinds: np.ndarray, names: Sequence[str]) -> Counts:

@@ -16,7 +16,7 @@ from fusedet.errors import InputError
 from fusedet.evaluation.coco_matching import rank_in_group
 from fusedet.evaluation.image_matching import ImageMatches
 from fusedet.evaluation.score_thresholds import find_score_bins
-from fusedet.report.counts import CORRECT, FALSE, KINDS, MISPLACED, MISSED, WRONG
+from fusedet.report.counts import BACKGROUND, CLASSIFICATION, CORRECT, DUPLICATE, KINDS, LOCALIZATION, MISSED
 from fusedet.visualization.annotators import to_pil_image
 from fusedet.visualization.page import make_jpeg_uri
 
@@ -61,7 +61,7 @@ class GalleryItem:
         """Return what it is at a threshold in hundredths, "" for nothing."""
         if threshold <= self.bin:
             return self.kind
-        return MISSED if self.kind in (CORRECT, WRONG, MISSED) else ""
+        return MISSED if self.kind in (CORRECT, CLASSIFICATION, MISSED) else ""
 
 
 @dataclass(frozen=True)
@@ -109,13 +109,13 @@ def choose_items(dataset: DetectionDataset, pairs: ImageMatches, kinds: np.ndarr
     missed = np.flatnonzero(is_missed)
     missed = missed[_in_turn(pairs.truth[missed], area[missed])][: 2 * PER_KIND]
     groups = [[GalleryItem(int(image_of[j]), MISSED, -1, -1, j) for j in missed.tolist()]]
-    for kind in (FALSE, MISPLACED, WRONG, CORRECT):
+    for kind in (BACKGROUND, DUPLICATE, LOCALIZATION, CLASSIFICATION, CORRECT):
         own = np.flatnonzero(kinds == KINDS.index(kind))
         best = own[_in_turn(pairs.labels[own], pairs.scores[own])][:PER_KIND]
         own = own[np.argsort(pairs.scores[own], kind="stable")]
         at = np.searchsorted(pairs.scores[own], np.linspace(0.05, 1, PER_KIND, endpoint=False))
         spread = own[at[at < len(own)]]
-        annotations = pairs.own if kind == MISPLACED else pairs.matches.clip(min=-1)
+        annotations = pairs.own if kind in (DUPLICATE, LOCALIZATION) else pairs.matches.clip(min=-1)
         groups.append(
             [
                 GalleryItem(

@@ -8,7 +8,7 @@ import numpy as np
 
 from fusedet.evaluation.calibration import Calibration
 from fusedet.evaluation.formatting import format_interval, format_number
-from fusedet.report.analysis import KIND_TEXTS, RESAMPLES, Analysis, summarize
+from fusedet.report.analysis import ERROR_TEXTS, RESAMPLES, Analysis, summarize
 from fusedet.report.charts import INK, Curve, class_hex, draw_curves, draw_intervals, draw_reliability
 from fusedet.report.counts import DEFAULT
 from fusedet.visualization.page import make_faint, make_plain_table, make_section
@@ -36,7 +36,7 @@ def make_overview(analysis: Analysis) -> str:
         f"<figure><h3>AP by object size (objects)</h3>{sizes}</figure></div>"
         + make_faint(
             f"Intervals are of 95 % over the {analysis.images:,} images, from {RESAMPLES} bootstrap resamples. "
-            "An error costs what AP50 would gain without the errors of its kind (TIDE); the gains do not add up."
+            "An error costs what AP50 would gain without the errors of its type (TIDE); the gains do not add up."
         )
         + "</section>"
     )
@@ -46,13 +46,13 @@ def _make_errors(analysis: Analysis) -> str:
     """Return the error breakdown as a table with bars, the most costly first."""
     most = max((row["dAP"] for row in analysis.errors.values()), default=0) or 1
     rows = ""
-    for kind, row in sorted(analysis.errors.items(), key=lambda item: -item[1]["dAP"]):
+    for name, row in sorted(analysis.errors.items(), key=lambda item: -item[1]["dAP"]):
         bar = f'<span class="bar" style="--w:{100 * row["dAP"] / most:.1f}%"></span>'
         rows += (
-            f"<tr><td>{escape(KIND_TEXTS[kind])}</td><td>{row['count']:,}</td><td>{row['dAP']:.3f}</td>"
+            f"<tr><td>{escape(ERROR_TEXTS[name])}</td><td>{row['count']:,}</td><td>{row['dAP']:.3f}</td>"
             f'<td class="cost">{bar}</td></tr>'
         )
-    head = "<tr><th>kind</th><th>errors</th><th>cost in AP50</th><th></th></tr>"
+    head = "<tr><th>type</th><th>errors</th><th>cost in AP50</th><th></th></tr>"
     return f'<div class="scroll"><table class="errors"><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
 
 
@@ -92,11 +92,12 @@ def make_calibration(analysis: Analysis) -> str:
     own = analysis.calibration
     return make_section(
         "Calibration",
-        "<p>A calibrated detector is right in 70 % of its detections of score 0.7. Bars above the line are scores that "
-        "are too low, bars below it scores that are too high; fewer detections make paler bars.</p>"
+        "<p>Of a calibrated detector's detections of score 0.7, 70 % are true positives. Bars above the line are "
+        "scores "
+        "that are too low, bars below it scores that are too high; fewer detections make paler bars.</p>"
         f'<figure class="chart">{draw_reliability(own.edges, own.precision, own.count)}</figure>'
         f"<p>Expected calibration error: {_describe_ece(own)}; of the detections of score {DEFAULT / 100:.2f} or more "
-        f"{_describe_ece(analysis.calibration_shown)}. A detection is right if it matches an instance of its class at "
+        f"{_describe_ece(analysis.calibration_shown)}. A true positive matches an instance of its class at "
         "IoU 0.5.</p>",
         "calibration",
     )

@@ -9,14 +9,14 @@ from fusedet.evaluation.formatting import format_interval, format_number
 from fusedet.report.analysis import Analysis
 from fusedet.report.counts import (
     BACKGROUND,
+    CLASSIFICATION,
     CORRECT,
     DEFAULT,
-    FALSE,
+    DUPLICATE,
     KINDS,
-    MISPLACED,
+    LOCALIZATION,
     MISSED,
     NEAR,
-    WRONG,
     count_from,
     fill_matrix,
 )
@@ -25,9 +25,10 @@ from fusedet.visualization.page import make_faint, make_section
 
 _NAMES = {
     MISSED: ("Missed objects", "no detection matches the object"),
-    FALSE: ("False detections", "on the background, or a second box on one object"),
-    MISPLACED: ("Badly placed boxes", f"IoU {NEAR:g} to 0.5 with an object of their class"),
-    WRONG: ("Wrong class", "the box matches an object of another class"),
+    BACKGROUND: ("Background errors", f"no object of their class at IoU {NEAR:g} or more"),
+    DUPLICATE: ("Duplicates", "a second box on one object"),
+    LOCALIZATION: ("Localization errors", f"badly placed: IoU {NEAR:g} to 0.5 with an object of their class"),
+    CLASSIFICATION: ("Classification errors", "the box matches an object of another class"),
     CORRECT: ("True positives", "the box matches an object of its class"),
 }
 
@@ -59,7 +60,7 @@ def _count_kind(analysis: Analysis, kind: str) -> int:
     counts = analysis.counts
     if kind != MISSED:
         return count_from(counts.kinds[kind], DEFAULT)
-    return sum(counts.objects) - _count_kind(analysis, CORRECT) - _count_kind(analysis, WRONG)
+    return sum(counts.objects) - _count_kind(analysis, CORRECT) - _count_kind(analysis, CLASSIFICATION)
 
 
 def make_classes(analysis: Analysis) -> str:
@@ -190,7 +191,7 @@ def _make_figure(thumbnail: Thumbnail, order: int, dataset: DetectionDataset, an
     rectangles += _make_rectangle(thumbnail.truth, "truth") + _make_rectangle(thumbnail.detection, "detection")
     width, height = thumbnail.width, thumbnail.height
     state = ' class="is-missed"' if own.kind_at(DEFAULT) == MISSED else ""
-    late = MISSED if own.kind in (CORRECT, WRONG, MISSED) else ""
+    late = MISSED if own.kind in (CORRECT, CLASSIFICATION, MISSED) else ""
     return (
         f'<figure{state} data-order="{order}" data-bin="{own.bin}" data-kind="{own.kind}" data-above="{late}" '
         f'title="{escape(name)}"><div class="thumb"><img alt="" width="{width}" height="{height}" '
