@@ -110,10 +110,13 @@ def test_matrix_is_the_confusion_matrix_at_every_threshold(images: Any) -> None:
         matrix = evaluation.compute_confusion_matrix(data, results, score=threshold / 100)
         assert fill_matrix(counts, threshold) == matrix.tolist()
         kinds = {kind: count_from(own, threshold) for kind, own in counts.kinds.items()}
-        assert kinds["correct"] == np.trace(matrix) == sum(count_from(own, threshold) for own in counts.right)
+        assert kinds["correct"] == np.trace(matrix) == sum(count_from(own, threshold) for own in counts.true_positives)
         assert kinds["classification"] == matrix[:-1, :-1].sum() - np.trace(matrix)
         assert kinds["localization"] + kinds["duplicate"] + kinds["background"] == matrix[-1].sum()
-        predicted = [count_from(a, threshold) + count_from(b, threshold) for a, b in zip(counts.right, counts.wrong)]
+        predicted = [
+            count_from(a, threshold) + count_from(b, threshold)
+            for a, b in zip(counts.true_positives, counts.false_positives)
+        ]
         assert predicted == matrix[:, :-1].sum(axis=0).tolist()
 
 
@@ -134,7 +137,7 @@ def test_counts_by_hand() -> None:
     data, results = by_hand()
     pairs = match_images(data, results)
     assert (pairs.matches == IGNORED).sum() == 1
-    assert pairs.own_iou.max() == 1
+    assert pairs.same_class_iou.max() == 1
     kinds = classify(pairs)
     assert [KINDS[k] if k >= 0 else "" for k in kinds] == [
         "correct",
@@ -149,7 +152,11 @@ def test_counts_by_hand() -> None:
     assert fill_matrix(counts, 61) == [[1, 0, 1], [0, 0, 1], [1, 0, 0]]
     assert fill_matrix(counts, 81) == [[1, 0, 1], [0, 0, 1], [0, 0, 0]]
     assert fill_matrix(counts, 91) == [[0, 0, 2], [0, 0, 1], [0, 0, 0]]
-    assert (counts.objects, counts.right, counts.wrong) == ([2, 1], [[90, 1], []], [[60, 1, 80, 1], [40, 1]])
+    assert (counts.objects, counts.true_positives, counts.false_positives) == (
+        [2, 1],
+        [[90, 1], []],
+        [[60, 1, 80, 1], [40, 1]],
+    )
 
 
 def test_a_second_box_is_a_duplicate() -> None:
@@ -358,11 +365,15 @@ def test_gallery_follows_its_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (len(thumbnails), unread) == (5, 0)
     for own in thumbnails:
         sides = (own.width, own.height)
-        shown = own.detection or own.truth
+        shown = own.detection or own.ground_truth
         assert shown is not None
         assert all(-1e-6 <= v <= max(sides) + 1e-6 for v in shown)
-        wanted = data.boxes[own.item.annotation] if own.truth else None
-        assert wanted is None or own.truth is None or own.truth[2] - own.truth[0] == float(wanted[2] - wanted[0])
+        wanted = data.boxes[own.item.annotation] if own.ground_truth else None
+        assert (
+            wanted is None
+            or own.ground_truth is None
+            or own.ground_truth[2] - own.ground_truth[0] == float(wanted[2] - wanted[0])
+        )
     monkeypatch.setattr(gallery, "MOST_BYTES", len(thumbnails[0].data) + len(thumbnails[1].data))
     assert len(gallery.make_thumbnails(data, pairs, items)[0]) == 2
     monkeypatch.setattr(gallery, "MOST_PIXELS", 96 * 96)

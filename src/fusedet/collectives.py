@@ -12,10 +12,10 @@ def count_processes() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
-def gather_objects(own: ValueT) -> list[ValueT]:
+def gather_objects(value: ValueT) -> list[ValueT]:
     """Return the objects of all processes, in the order of their ranks. All processes call it."""
     if (count := count_processes()) == 1:
-        return [own]
-    objects = [own] * count
-    distributed.all_gather_object(objects, own)
+        return [value]
+    objects = [value] * count
+    distributed.all_gather_object(objects, value)
     return objects

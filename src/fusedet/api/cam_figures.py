@@ -150,7 +150,7 @@ def order_rows(keys: Iterable[str]) -> list[str]:
     return sorted(set(keys), key=lambda key: (ROWS.index(key.partition(" #")[0]), key))
 
 
-def join_captions(own: Sequence[str | None]) -> str:
+def join_captions(captions: Sequence[str | None]) -> str:
     """Join the captions of a row from those of the runs; None for a run without the row."""
-    known = {text: letter for letter, text in zip("AB", own) if text}
+    known = {text: letter for letter, text in zip("AB", captions) if text}
     return next(iter(known)) if len(known) == 1 else ", ".join(f"{text} ({letter})" for text, letter in known.items())

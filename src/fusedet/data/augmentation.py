@@ -172,18 +172,18 @@ class AugmentedTransform(TrainTransform):
         image, annotations = self.read_other()
         return self._label(image, annotations, masks, int(torch.randint(4, ())) if self.right_angles else 0)
 
-    def _join(self, own: LabeledImage, size: tuple[int, int], masks: bool) -> LabeledImage:
-        parts = [own, *(self._read(masks) for _ in range(3))]
+    def _join(self, labeled: LabeledImage, size: tuple[int, int], masks: bool) -> LabeledImage:
+        parts = [labeled, *(self._read(masks) for _ in range(3))]
         top, left = (max(1, round(side * _uniform(0.25, 0.75))) for side in size)
         bottom, right = size[0] - top, size[1] - left
         quadrants = ((top, left), (top, right), (bottom, left), (bottom, right))
         order = torch.randperm(4).tolist()
         return join_quadrants([self._fill(parts[i], quadrant) for i, quadrant in zip(order, quadrants, strict=True)])
 
-    def _paste(self, own: LabeledImage, other: LabeledImage) -> LabeledImage:
+    def _paste(self, labeled: LabeledImage, other: LabeledImage) -> LabeledImage:
         """Paste some of the objects that are visible enough."""
         is_chosen = (torch.rand(len(other.labels)) < _PASTED) & ~other.ignore & (other.visible >= self.min_visible)
-        return paste(own, other.select(is_chosen)) if bool(is_chosen.any()) else own
+        return paste(labeled, other.select(is_chosen)) if bool(is_chosen.any()) else labeled
 
 
 def _uniform(low: float, high: float) -> float:

@@ -22,11 +22,11 @@ def describe_values(dataset: DetectionDataset, values: Sequence[ImageValues | No
     findings = []
     known = [(i, own) for i, own in enumerate(values) if own]
 
-    def add(own: list[tuple[int, ImageValues]], kind: str, text: str, advice: str) -> None:
-        if own:
-            path = str(dataset.path(own[0][0]))
-            message = f"{plural(len(own), 'image')} {text}: {advice} (first {path})"
-            findings.append(Finding("warning", message, kind, len(own), path, advice))
+    def add(images: list[tuple[int, ImageValues]], kind: str, text: str, advice: str) -> None:
+        if images:
+            path = str(dataset.path(images[0][0]))
+            message = f"{plural(len(images), 'image')} {text}: {advice} (first {path})"
+            findings.append(Finding("warning", message, kind, len(images), path, advice))
 
     if dataset.value_range is None:
         shallow = [(i, own) for i, own in known if own.depth == 16 and own.high < _FULL_DEPTH]
@@ -67,5 +67,5 @@ def describe_values(dataset: DetectionDataset, values: Sequence[ImageValues | No
     return findings
 
 
-def _measure_range(own: list[tuple[int, ImageValues]]) -> tuple[float, float]:
-    return min((v.low for _, v in own), default=0.0), max((v.high for _, v in own), default=0.0)
+def _measure_range(images: list[tuple[int, ImageValues]]) -> tuple[float, float]:
+    return min((v.low for _, v in images), default=0.0), max((v.high for _, v in images), default=0.0)

@@ -82,8 +82,8 @@ class EvalLoader:
             if self.windows is None:
                 yield batch
             else:
-                is_last = tuple(self.is_last[i] for i in request.own)
-                yield replace(batch, windows=self.windows[list(request.own)], is_last=is_last)
+                is_last = tuple(self.is_last[i] for i in request.local)
+                yield replace(batch, windows=self.windows[list(request.local)], is_last=is_last)
 
 
 def build_train_loader(

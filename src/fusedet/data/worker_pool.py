@@ -31,12 +31,12 @@ class BatchRequest(NamedTuple):
 
     Attributes:
         epoch: The epoch, from 0.
-        own: Indices of the images that this process loads; i + k N is the k-th repetition of image i of N.
+        local: Indices of the images that this process loads; i + k N is the k-th repetition of image i of N.
         joint: The same of all processes, whose images are padded alike.
     """
 
     epoch: int
-    own: tuple[int, ...]
+    local: tuple[int, ...]
     joint: tuple[int, ...]
 
 
@@ -88,7 +88,7 @@ class BatchReader(Dataset[Any]):
     def __getitem__(self, request: BatchRequest) -> LoadedBatch | InputError:
         try:
             images, bad = [], []
-            for index in request.own:
+            for index in request.local:
                 try:
                     images.append(self.load_samples(request.epoch, index))
                 except InputError as error:
@@ -97,7 +97,7 @@ class BatchReader(Dataset[Any]):
                     bad.append((index % len(self.dataset), str(error)))
                     images.append(self.load_replacement(request, index, str(error)))
             # other processes do not know of the replacement: all pad as if the bad image were in the batch
-            unread = set(request.joint) if bad else set(request.joint) - set(request.own)
+            unread = set(request.joint) if bad else set(request.joint) - set(request.local)
             return LoadedBatch(
                 collate_tta_samples(images, self.tta_transforms, self.largest_size(request.epoch, unread)), bad
             )

@@ -1,4 +1,4 @@
-"""Calibration of scores: how often detections of a score are right."""
+"""Calibration of scores: how often detections of a score are true positives."""
 
 from dataclasses import dataclass
 
@@ -24,7 +24,7 @@ class Calibration:
     ece: float
 
 
-def compute_calibration(scores: np.ndarray, is_right: np.ndarray, bins: int = 10) -> Calibration:
+def compute_calibration(scores: np.ndarray, is_true_positive: np.ndarray, bins: int = 10) -> Calibration:
     """Compute the reliability diagram and the expected calibration error of detections.
 
     ECE is the mean of |precision - mean score| over the bins, weighted by their detections. A bin holds its lower edge,
@@ -32,7 +32,7 @@ def compute_calibration(scores: np.ndarray, is_right: np.ndarray, bins: int = 10
 
     Args:
         scores: (D,) in 0..1.
-        is_right: (D,) bool, whether each detection is a true positive.
+        is_true_positive: (D,) bool, whether each detection is a true positive.
         bins: Number of bins B.
 
     References:
@@ -44,7 +44,7 @@ def compute_calibration(scores: np.ndarray, is_right: np.ndarray, bins: int = 10
     count = np.bincount(place, minlength=bins)
     score, precision = (
         np.divide(np.bincount(place, values, bins), count, out=np.full(bins, np.nan), where=count > 0)
-        for values in (scores, is_right)
+        for values in (scores, is_true_positive)
     )
     gaps = count * np.nan_to_num(np.abs(precision - score))
     return Calibration(edges, count, score, precision, float(gaps.sum() / count.sum()) if count.sum() else float("nan"))

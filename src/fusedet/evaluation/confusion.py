@@ -32,11 +32,11 @@ def compute_confusion_matrix(
     matrix = np.zeros((k + 1, k + 1), dtype=np.int64)
     pairs = match_images(dataset, results, iou=iou, score=score)
     is_matched = pairs.matches >= 0
-    np.add.at(matrix, (pairs.truth[pairs.matches[is_matched]], pairs.labels[is_matched]), 1)
+    np.add.at(matrix, (pairs.gt_labels[pairs.matches[is_matched]], pairs.labels[is_matched]), 1)
     matrix[k, :k] = np.bincount(pairs.labels[pairs.matches == FALSE_POSITIVE], minlength=k)
     is_missed = pairs.counted.copy()
     is_missed[pairs.matches[is_matched]] = False
-    matrix[:k, k] = np.bincount(pairs.truth[is_missed], minlength=k)
+    matrix[:k, k] = np.bincount(pairs.gt_labels[is_missed], minlength=k)
     return matrix
 
 
@@ -99,8 +99,8 @@ def _score_images(
     pairs, n = match_images(dataset, results, iou=iou, score=score), len(dataset)
     instances = np.bincount(dataset.image_indices[pairs.counted], minlength=n)
     detections = np.bincount(pairs.images[pairs.matches != IGNORED], minlength=n)
-    right = np.bincount(pairs.images[pairs.is_right], minlength=n)
+    true_positives = np.bincount(pairs.images[pairs.is_true_positive], minlength=n)
     return [
         (2 * hits / (g + d) if g + d > 2 * hits else 1.0, g - hits, d - hits)
-        for g, d, hits in zip(instances.tolist(), detections.tolist(), right.tolist(), strict=True)
+        for g, d, hits in zip(instances.tolist(), detections.tolist(), true_positives.tolist(), strict=True)
     ]

@@ -26,10 +26,10 @@ class ImageMatches:
         scores: (D,).
         boxes: (D, 4) xyxy in pixels.
         matches: (D,), index of the annotation in the dataset, FALSE_POSITIVE (-1) or IGNORED (-2).
-        own_iou: (D,), the highest IoU with a counted instance of the predicted class, 0 without one.
-        own: (D,), the index of that annotation, -1 without one.
+        same_class_iou: (D,), the highest IoU with a counted instance of the predicted class, 0 without one.
+        same_class_annotation: (D,), the index of that annotation, -1 without one.
         counted: (M,) bool, the annotations that are not ignored in evaluation.
-        truth: (M,), classes of the annotations.
+        gt_labels: (M,), classes of the annotations.
     """
 
     images: np.ndarray
@@ -37,15 +37,15 @@ class ImageMatches:
     scores: np.ndarray
     boxes: np.ndarray
     matches: np.ndarray
-    own_iou: np.ndarray
-    own: np.ndarray
+    same_class_iou: np.ndarray
+    same_class_annotation: np.ndarray
     counted: np.ndarray
-    truth: np.ndarray
+    gt_labels: np.ndarray
 
     @property
-    def is_right(self) -> np.ndarray:
+    def is_true_positive(self) -> np.ndarray:
         """Whether each detection (D,) matches an instance of its class."""
-        return np.asarray(self.labels == np.append(self.truth, -1)[self.matches.clip(min=-1)])
+        return np.asarray(self.labels == np.append(self.gt_labels, -1)[self.matches.clip(min=-1)])
 
 
 def match_images(

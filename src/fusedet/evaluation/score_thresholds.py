@@ -57,25 +57,25 @@ def find_best_thresholds(
         weights: (1 + B, N), as `bootstrap.draw_image_weights` returns them.
         level: Confidence level.
     """
-    bins, labels, is_right = find_score_bins(pairs.scores), pairs.labels, pairs.is_right
+    bins, labels, is_true_positive = find_score_bins(pairs.scores), pairs.labels, pairs.is_true_positive
     gt_images = dataset.image_indices
     numbers = weights.astype(np.float32)
-    all_right, all_detections = np.zeros((2, len(weights), len(THRESHOLDS)), dtype=np.float32)
+    all_true_positives, all_detections = np.zeros((2, len(weights), len(THRESHOLDS)), dtype=np.float32)
     all_objects, best = np.zeros(len(weights), dtype=np.float32), []
     by_class = np.argsort(labels, kind="stable")
     by_class = by_class[pairs.matches[by_class] != IGNORED]
     edges = np.searchsorted(labels[by_class], np.arange(len(dataset.names) + 1))
     for k in range(len(dataset.names)):
         own = by_class[edges[k] : edges[k + 1]]
-        counts = np.bincount(gt_images[pairs.counted & (pairs.truth == k)], minlength=len(dataset))
+        counts = np.bincount(gt_images[pairs.counted & (pairs.gt_labels == k)], minlength=len(dataset))
         objects = numbers @ counts.astype(np.float32)
-        right = _count(numbers, pairs.images[own], bins[own], is_right[own])
+        true_positives = _count(numbers, pairs.images[own], bins[own], is_true_positive[own])
         detections = _count(numbers, pairs.images[own], bins[own], np.ones(len(own), dtype=bool))
         all_objects += objects
-        all_right += right
+        all_true_positives += true_positives
         all_detections += detections
-        best.append(_choose(right, detections, objects, len(dataset), level))
-    return [*best, _choose(all_right, all_detections, all_objects, len(dataset), level)]
+        best.append(_choose(true_positives, detections, objects, len(dataset), level))
+    return [*best, _choose(all_true_positives, all_detections, all_objects, len(dataset), level)]
 
 
 def _count(weights: np.ndarray, images: np.ndarray, bins: np.ndarray, counted: np.ndarray) -> np.ndarray:
@@ -86,10 +86,12 @@ def _count(weights: np.ndarray, images: np.ndarray, bins: np.ndarray, counted: n
     return np.asarray(weights[:, known] @ table[:, ::-1].cumsum(axis=1)[:, ::-1])
 
 
-def _choose(right: np.ndarray, detections: np.ndarray, objects: np.ndarray, images: int, level: float) -> BestThreshold:
+def _choose(
+    true_positives: np.ndarray, detections: np.ndarray, objects: np.ndarray, images: int, level: float
+) -> BestThreshold:
     """Choose the threshold for the first row, and its interval by the others."""
     both = detections + objects[:, None].astype(np.float64)
-    f1 = np.divide(2 * right, both, out=np.zeros_like(both), where=both > 0)
+    f1 = np.divide(2 * true_positives, both, out=np.zeros_like(both), where=both > 0)
     most = f1.max(axis=1)
     is_best = f1 >= most[:, None] - 1e-9
     first = is_best.argmax(axis=1)
@@ -102,7 +104,7 @@ def _choose(right: np.ndarray, detections: np.ndarray, objects: np.ndarray, imag
     low, high = (float(end) for end in compute_percentile_interval(chosen[1:], images, level))
     low, high = min(low, float(chosen[0])), max(high, float(chosen[0]))  # NaN stays
     at = int(first[0] + last[0]) // 2
-    hits = float(right[0, at])
+    hits = float(true_positives[0, at])
     return BestThreshold(
         float(chosen[0]), low, high, float(most[0]), hits / float(detections[0, at]), hits / float(objects[0])
     )

@@ -106,7 +106,7 @@ def analyze_run(
     calibrations: list[Calibration | None] = [None, None]
     if not len(table) or 0 <= table.scores.min() <= table.scores.max() <= 1:
         parts = (counted, counted & (pairs.scores >= DEFAULT / 100))
-        calibrations = [compute_calibration(pairs.scores[part], pairs.is_right[part]) for part in parts]
+        calibrations = [compute_calibration(pairs.scores[part], pairs.is_true_positive[part]) for part in parts]
     values = dict(zip(resampled.names, resampled.metrics[:, 0].tolist()))
     return Analysis(
         dataset.names,

@@ -36,8 +36,8 @@ class Counts:
     Attributes:
         kinds: Histograms of detections by all of `KINDS` but missed.
         objects: Instances per class.
-        right: Histograms of the true positives per class.
-        wrong: Histograms of the other detections per class.
+        true_positives: Histograms of the true positives per class.
+        false_positives: Histograms of the other detections per class.
         rows: Names of the confusion matrix's rows and columns before the last, which is the background.
         totals: Instances of each row; 0 of the background.
         cells: (row, column, histogram) of each cell that is not empty, without the column of missed instances.
@@ -45,8 +45,8 @@ class Counts:
 
     kinds: dict[str, list[int]]
     objects: list[int]
-    right: list[list[int]]
-    wrong: list[list[int]]
+    true_positives: list[list[int]]
+    false_positives: list[list[int]]
     rows: list[str]
     totals: list[int]
     cells: list[tuple[int, int, list[int]]]
@@ -56,8 +56,8 @@ class Counts:
         return {
             "kinds": self.kinds,
             "objects": self.objects,
-            "right": self.right,
-            "wrong": self.wrong,
+            "true_positives": self.true_positives,
+            "false_positives": self.false_positives,
             "totals": self.totals,
             "cells": self.cells,
         }
@@ -72,10 +72,10 @@ def classify(pairs: ImageMatches) -> np.ndarray:
     is_false = pairs.matches == FALSE_POSITIVE
     choices = [
         (pairs.matches == IGNORED, -1),
-        (is_false & (pairs.own_iou >= 0.5), KINDS.index(DUPLICATE)),
-        (is_false & (pairs.own_iou >= NEAR), KINDS.index(LOCALIZATION)),
+        (is_false & (pairs.same_class_iou >= 0.5), KINDS.index(DUPLICATE)),
+        (is_false & (pairs.same_class_iou >= NEAR), KINDS.index(LOCALIZATION)),
         (is_false, KINDS.index(BACKGROUND)),
-        (pairs.is_right, KINDS.index(CORRECT)),
+        (pairs.is_true_positive, KINDS.index(CORRECT)),
     ]
     return np.select([own for own, _ in choices], [value for _, value in choices], KINDS.index(CLASSIFICATION))
 
@@ -90,13 +90,15 @@ def count_by_threshold(pairs: ImageMatches, kinds: np.ndarray, names: Sequence[s
     """
     bins, k = find_score_bins(pairs.scores), len(names)
     is_counted = kinds >= 0
-    objects = np.bincount(pairs.truth[pairs.counted], minlength=k)
-    labels, is_right = pairs.labels, pairs.is_right
-    right, wrong = (_make_histograms(labels[part], bins[part], k) for part in (is_right, is_counted & ~is_right))
+    objects = np.bincount(pairs.gt_labels[pairs.counted], minlength=k)
+    labels, is_true_positive = pairs.labels, pairs.is_true_positive
+    true_positives, false_positives = (
+        _make_histograms(labels[part], bins[part], k) for part in (is_true_positive, is_counted & ~is_true_positive)
+    )
     group, rows = _group_classes(pairs, bins, objects, names)
     matched = pairs.matches >= 0
     row = np.full(len(bins), len(rows))
-    row[matched] = group[pairs.truth[pairs.matches[matched]]]
+    row[matched] = group[pairs.gt_labels[pairs.matches[matched]]]
     column = group[pairs.labels]
     place = row * (len(rows) + 1) + column
     by_cell = _make_histograms(place[is_counted], bins[is_counted], (len(rows) + 1) ** 2)
@@ -104,7 +106,7 @@ def count_by_threshold(pairs: ImageMatches, kinds: np.ndarray, names: Sequence[s
     totals = np.bincount(group, weights=objects, minlength=len(rows)).astype(int)
     of_kind = _make_histograms(kinds[is_counted], bins[is_counted], len(KINDS))
     by_kind = {kind: own for kind, own in zip(KINDS, of_kind, strict=True) if kind != MISSED}
-    return Counts(by_kind, objects.tolist(), right, wrong, rows, [*totals.tolist(), 0], cells)
+    return Counts(by_kind, objects.tolist(), true_positives, false_positives, rows, [*totals.tolist(), 0], cells)
 
 
 def count_from(histogram: Sequence[int], threshold: int) -> int:
@@ -135,7 +137,7 @@ def _group_classes(
     if k <= SHOWN_CLASSES:
         return np.arange(k), list(names)
     counted = (bins >= DEFAULT) & (pairs.matches != IGNORED)
-    hits = np.bincount(pairs.labels[counted & pairs.is_right], minlength=k)
+    hits = np.bincount(pairs.labels[counted & pairs.is_true_positive], minlength=k)
     errors = objects + np.bincount(pairs.labels[counted], minlength=k) - 2 * hits
     kept = np.sort(np.argsort(-errors, kind="stable")[: SHOWN_CLASSES - 1])
     group = np.full(k, len(kept))

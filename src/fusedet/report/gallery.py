@@ -74,7 +74,7 @@ class Thumbnail:
         width: In pixels.
         height: In pixels.
         detection: The detection's box xyxy in the thumbnail, None without one.
-        truth: The instance's box, None without one.
+        ground_truth: The instance's box, None without one.
         neighbors: Boxes of other instances.
     """
 
@@ -83,7 +83,7 @@ class Thumbnail:
     width: int
     height: int
     detection: Box | None
-    truth: Box | None
+    ground_truth: Box | None
     neighbors: list[Box]
 
     @property
@@ -107,7 +107,7 @@ def choose_items(dataset: DetectionDataset, pairs: ImageMatches, kinds: np.ndarr
     is_missed = pairs.counted.copy()
     is_missed[pairs.matches[pairs.matches >= 0]] = False
     missed = np.flatnonzero(is_missed)
-    missed = missed[_in_turn(pairs.truth[missed], area[missed])][: 2 * PER_KIND]
+    missed = missed[_in_turn(pairs.gt_labels[missed], area[missed])][: 2 * PER_KIND]
     groups = [[GalleryItem(int(image_of[j]), MISSED, -1, -1, j) for j in missed.tolist()]]
     for kind in (BACKGROUND, DUPLICATE, LOCALIZATION, CLASSIFICATION, CORRECT):
         own = np.flatnonzero(kinds == KINDS.index(kind))
@@ -115,7 +115,7 @@ def choose_items(dataset: DetectionDataset, pairs: ImageMatches, kinds: np.ndarr
         own = own[np.argsort(pairs.scores[own], kind="stable")]
         at = np.searchsorted(pairs.scores[own], np.linspace(0.05, 1, PER_KIND, endpoint=False))
         spread = own[at[at < len(own)]]
-        annotations = pairs.own if kind in (DUPLICATE, LOCALIZATION) else pairs.matches.clip(min=-1)
+        annotations = pairs.same_class_annotation if kind in (DUPLICATE, LOCALIZATION) else pairs.matches.clip(min=-1)
         groups.append(
             [
                 GalleryItem(

@@ -22,9 +22,9 @@
   function fillClasses(threshold) {
     for (const row of all("#classes tbody tr")) {
       const k = Number(row.dataset.class);
-      const right = countFrom(counts.right[k], threshold);
-      const detections = right + countFrom(counts.wrong[k], threshold);
-      const values = { precision: right / detections, recall: right / counts.objects[k] };
+      const truePositives = countFrom(counts.true_positives[k], threshold);
+      const detections = truePositives + countFrom(counts.false_positives[k], threshold);
+      const values = { precision: truePositives / detections, recall: truePositives / counts.objects[k] };
       for (const cell of all("[data-role]", row)) {
         const value = values[cell.dataset.role];
         cell.textContent = Number.isFinite(value) ? value.toFixed(3) : "-";

@@ -103,8 +103,8 @@ def make_calibration(analysis: Analysis) -> str:
     )
 
 
-def _describe_ece(own: Calibration) -> str:
-    return f"{format_number(own.ece)} ({int(own.count.sum()):,} detections)"
+def _describe_ece(calibration: Calibration) -> str:
+    return f"{format_number(calibration.ece)} ({int(calibration.count.sum()):,} detections)"
 
 
 def make_training(table: Mapping[str, np.ndarray]) -> str:

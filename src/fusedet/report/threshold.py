@@ -82,10 +82,14 @@ def make_classes(analysis: Analysis) -> str:
     own = zip(analysis.metrics["classes"], analysis.class_intervals, analysis.best, strict=False)
     rows = []
     for k, (row, ends, best) in enumerate(own):
-        right, wrong = (count_from(own[k], DEFAULT) for own in (analysis.counts.right, analysis.counts.wrong))
+        true_positives, false_positives = (
+            count_from(own[k], DEFAULT) for own in (analysis.counts.true_positives, analysis.counts.false_positives)
+        )
         objects = analysis.counts.objects[k]
-        precision = right / (right + wrong) if right + wrong else math.nan
-        recall = right / objects if objects else math.nan
+        precision = (
+            true_positives / (true_positives + false_positives) if true_positives + false_positives else math.nan
+        )
+        recall = true_positives / objects if objects else math.nan
         values = [
             _make_number(row["images"], f"{row['images']:,}"),
             _make_number(row["objects"], f"{row['objects']:,}"),
@@ -170,9 +174,9 @@ def make_gallery(analysis: Analysis, dataset: DetectionDataset) -> str:
             f"{''.join(by_kind[kind])}</div></details>"
         )
     key = (
-        '<p class="faint">Boxes: <span class="swatch truth"></span> the object, <span class="swatch detection"></span> '
-        'the detection, <span class="swatch other"></span> other objects. The gallery is a sample: of each kind the '
-        "largest or surest of each class, and some of every score."
+        '<p class="faint">Boxes: <span class="swatch ground-truth"></span> the object, '
+        '<span class="swatch detection"></span> the detection, <span class="swatch other"></span> other objects. The '
+        "gallery is a sample: of each kind the largest or surest of each class, and some of every score."
         + (f" {plural(analysis.unread, 'image')} could not be read." if analysis.unread else "")
         + "</p>"
     )
@@ -181,14 +185,17 @@ def make_gallery(analysis: Analysis, dataset: DetectionDataset) -> str:
 
 def _make_figure(thumbnail: Thumbnail, order: int, dataset: DetectionDataset, analysis: Analysis) -> str:
     own = thumbnail.item
-    truth = analysis.names[int(dataset.labels[own.annotation])] if own.annotation >= 0 else ""
+    gt_name = analysis.names[int(dataset.labels[own.annotation])] if own.annotation >= 0 else ""
     detection = analysis.names[own.label] if own.detection >= 0 else ""
     score = f"{detection} {own.score:.2f}" if detection else ""
-    caption = " in place of ".join([score, truth]) if detection and truth not in ("", detection) else score or truth
-    missed = f'<span class="as-missed">{escape(truth)}</span>' if truth else ""
+    caption = (
+        " in place of ".join([score, gt_name]) if detection and gt_name not in ("", detection) else score or gt_name
+    )
+    missed = f'<span class="as-missed">{escape(gt_name)}</span>' if gt_name else ""
     name = dataset.path(own.image).name
     rectangles = "".join(_make_rectangle(box, "other") for box in thumbnail.neighbors)
-    rectangles += _make_rectangle(thumbnail.truth, "truth") + _make_rectangle(thumbnail.detection, "detection")
+    rectangles += _make_rectangle(thumbnail.ground_truth, "ground-truth")
+    rectangles += _make_rectangle(thumbnail.detection, "detection")
     width, height = thumbnail.width, thumbnail.height
     state = ' class="is-missed"' if own.kind_at(DEFAULT) == MISSED else ""
     late = MISSED if own.kind in (CORRECT, CLASSIFICATION, MISSED) else ""
@@ -196,7 +203,7 @@ def _make_figure(thumbnail: Thumbnail, order: int, dataset: DetectionDataset, an
         f'<figure{state} data-order="{order}" data-bin="{own.bin}" data-kind="{own.kind}" data-above="{late}" '
         f'title="{escape(name)}"><div class="thumb"><img alt="" width="{width}" height="{height}" '
         f'src="{thumbnail.uri}"><svg viewBox="0 0 {width} {height}" aria-hidden="true">{rectangles}</svg></div>'
-        f'<figcaption><span class="as-found">{escape(caption)}</span>{missed}<br><span class="faint">'
+        f'<figcaption><span class="as-detected">{escape(caption)}</span>{missed}<br><span class="faint">'
         f"{escape(name)}</span></figcaption></figure>"
     )
 
