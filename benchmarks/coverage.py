@@ -31,11 +31,13 @@ from test_bootstrap import draw
 MANY = 10**9  # images, for which the interval is that of plain percentiles
 
 
-def resampled_ap(run: DetectionTable, owner: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def resampled_ap(run: DetectionTable, image_indices: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Compute AP of a run on each resample without matching: a detection in the upper row is a true positive."""
     order = np.argsort(-run.scores, kind="stable")
     hit = (run.boxes[order, 1] == 0)[None]
-    return _average_precision(weights, run.images[order], np.ones(len(order), bool), hit, np.zeros_like(hit), owner)[0]
+    return _average_precision(
+        weights, run.images[order], np.ones(len(order), bool), hit, np.zeros_like(hit), image_indices
+    )[0]
 
 
 def compute_hotcoco_interval(
@@ -61,9 +63,9 @@ def measure_coverage(images: int, sets: int, resamples: int) -> dict[str, float]
     covered = dict.fromkeys(("fusedet", "percentile", "basic", "normal", *others), 0)
     for i in range(sets):
         data, a, b, true = draw(rng, images)
-        owner = np.repeat(np.arange(images), np.diff(data.offsets.numpy()))
+        image_indices = np.repeat(np.arange(images), np.diff(data.offsets.numpy()))
         weights = draw_image_weights(images, resamples, i)
-        change = resampled_ap(b, owner, weights) - resampled_ap(a, owner, weights)
+        change = resampled_ap(b, image_indices, weights) - resampled_ap(a, image_indices, weights)
         here, spread = change[0], 1.96 * change[1:].std(ddof=1)
         low, high = compute_percentile_interval(change[1:], MANY)
         ends = {

@@ -42,14 +42,14 @@ SIDES = [
 def dataset(images: int, objects: int, seed: int) -> DetectionDataset:
     """Make images with instances of 80 frequent and rare classes, of log-uniform size, 1 % of them crowds."""
     rng = np.random.default_rng(seed)
-    owner = np.sort(rng.integers(0, images, objects))
+    image_indices = np.sort(rng.integers(0, images, objects))
     share = 1 / np.arange(1, CLASSES + 1)
     labels = rng.choice(CLASSES, objects, p=share / share.sum())
     sides = np.exp(rng.uniform(np.log(8), np.log(400), (objects, 2)))
     first = rng.uniform(size=(objects, 2)) * np.maximum([WIDTH, HEIGHT] - sides, 1)
     boxes = np.concatenate([first, first + sides], axis=1).round(2)
     crowd = rng.uniform(size=objects) < 0.01
-    edges = np.searchsorted(owner, np.arange(images + 1))
+    edges = np.searchsorted(image_indices, np.arange(images + 1))
 
     def one(i: int) -> ImageAnnotations:
         own = slice(edges[i], edges[i + 1])

@@ -49,13 +49,13 @@ def write_records(folder: Path, images: int, objects: int) -> None:
     draw = np.random.default_rng(0)
     corners, sides = draw.uniform(0, 400, (objects, 2)).round(2), draw.uniform(4, 80, (objects, 2)).round(2)
     boxes = np.concatenate([corners, sides], axis=1).tolist()
-    owners, labels = draw.integers(0, images, objects).tolist(), draw.integers(1, 81, objects).tolist()
+    image_ids, labels = draw.integers(0, images, objects).tolist(), draw.integers(1, 81, objects).tolist()
     content = {
         "images": [{"id": i, "file_name": f"{i:012}.jpg", "height": 480, "width": 640} for i in range(images)],
         "categories": [{"id": k, "name": f"class {k}"} for k in range(1, 81)],
         "annotations": [
-            {"id": i, "image_id": owner, "category_id": label, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
-            for i, (owner, label, box) in enumerate(zip(owners, labels, boxes))
+            {"id": i, "image_id": image_id, "category_id": label, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
+            for i, (image_id, label, box) in enumerate(zip(image_ids, labels, boxes))
         ],
     }
     (folder / "annotations").mkdir(parents=True)

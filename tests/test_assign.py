@@ -51,18 +51,18 @@ def test_no_instances() -> None:
 def slow(rule: MaxIoUAssigner, priors: Priors, target: Target) -> list[int]:
     """The rule, prior by prior and instance by instance."""
     overlap = box_iou(target.boxes, priors.boxes)
-    owners = []
+    assigned = []
     for p in range(len(priors)):
         best = overlap[:, p].max().item()
-        owner = int(overlap[:, p].argmax())
-        owners.append(owner if best >= rule.positive else BACKGROUND if best < rule.negative else IGNORED)
+        instance = int(overlap[:, p].argmax())
+        assigned.append(instance if best >= rule.positive else BACKGROUND if best < rule.negative else IGNORED)
     for g in range(len(target)):
         peak = overlap[g].max()
         if peak > 0 and peak >= rule.min_positive:
             for p in range(len(priors)):
                 if overlap[g, p] == peak:
-                    owners[p] = g
-    return owners
+                    assigned[p] = g
+    return assigned
 
 
 @settings(max_examples=40, deadline=None)

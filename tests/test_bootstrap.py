@@ -147,8 +147,8 @@ def draw(rng, count):
     one detects.
     """
     each = rng.integers(1, 4, count)
-    owner = np.repeat(np.arange(count), each)
-    first = 50.0 * (np.arange(len(owner)) - np.repeat(np.cumsum(each) - each, each))
+    image_indices = np.repeat(np.arange(count), each)
+    first = 50.0 * (np.arange(len(image_indices)) - np.repeat(np.cumsum(each) - each, each))
     boxes = np.stack([first, 0 * first, first + 40, 0 * first + 40], axis=1)
     data = DetectionDataset.from_arrays(
         ["a"],
@@ -156,17 +156,17 @@ def draw(rng, count):
         image_ids=np.arange(1, count + 1),
         sizes=np.full((count, 2), 200),
         paths=["x"] * count,
-        image_indices=owner,
+        image_indices=image_indices,
         boxes=boxes,
-        labels=0 * owner,
-        ignore=owner < 0,
-        eval_ignore=owner < 0,
-        area=np.full(len(owner), 1600.0),
-        segmentations=[b""] * len(owner),
+        labels=0 * image_indices,
+        ignore=image_indices < 0,
+        eval_ignore=image_indices < 0,
+        area=np.full(len(image_indices), 1600.0),
+        segmentations=[b""] * len(image_indices),
         source="drawn",
         dataset_format="coco",
     )
-    chance = rng.random(len(owner)) + rng.choice([-SPREAD, SPREAD], count)[owner]
+    chance = rng.random(len(image_indices)) + rng.choice([-SPREAD, SPREAD], count)[image_indices]
     runs = []
     for hit, false in ((HIT_A, FALSE_A), (HIT_B, FALSE_B)):
         right, wrong = np.flatnonzero(chance < hit), np.repeat(np.arange(count), rng.poisson(false, count))
@@ -174,7 +174,9 @@ def draw(rng, count):
             [boxes[right] - [0, 0, 1, 0] * first[right, None], np.tile([0.0, 100, 30, 30], (len(wrong), 1))]
         )
         scores = np.concatenate([np.sqrt(rng.random(len(right))), 1 - np.sqrt(rng.random(len(wrong)))])
-        runs.append(DetectionTable(np.concatenate([owner[right], wrong]), np.zeros(len(scores), int), scores, corners))
+        runs.append(
+            DetectionTable(np.concatenate([image_indices[right], wrong]), np.zeros(len(scores), int), scores, corners)
+        )
     return data, *runs, expected(HIT_B, FALSE_B) - expected(HIT_A, FALSE_A)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from syntax_trees import parse_source
 
 ROOT = Path(__file__).resolve().parents[1] / "src" / "fusedet"
-RANKS = [
+LAYERS = [
     {"errors"},
     {
         "types",
@@ -32,7 +32,7 @@ RANKS = [
     {"ablation", "app"},
     {"cli"},
 ]
-RANK = {own: i for i, packages in enumerate(RANKS) for own in packages}
+LAYER_OF = {own: i for i, packages in enumerate(LAYERS) for own in packages}
 
 
 @cache
@@ -78,8 +78,8 @@ def test_a_public_class_name_stands_for_one_class() -> None:
     assert {own: modules for own, modules in places.items() if len(modules) > 1} == {}
 
 
-def test_every_package_has_a_rank() -> None:
-    assert {package(name(p)) for p in files()} - {"models"} <= set(RANK)
+def test_every_package_has_a_layer() -> None:
+    assert {package(name(p)) for p in files()} - {"models"} <= set(LAYER_OF)
 
 
 def test_imports_go_down() -> None:
@@ -88,7 +88,7 @@ def test_imports_go_down() -> None:
         own = package(name(path))
         for target in imports(path):
             other = package(target)
-            if other != own and RANK[other] >= RANK[own]:
+            if other != own and LAYER_OF[other] >= LAYER_OF[own]:
                 wrong.append(f"{name(path)} imports {target}")
     assert not wrong
 

@@ -1,4 +1,4 @@
-"""Copies of tensors from a GPU to the host that wait for it once."""
+"""Copies of tensors from a GPU to the host with one synchronization."""
 
 from collections.abc import Mapping
 from typing import Any, TypeVar

@@ -138,9 +138,9 @@ def _draw_centers(config: Config, split: str, target: Path) -> list[dict[str, An
     _check_target(target, (".png", ".pdf", ".svg"))
     dataset = read_split(config.data, split, need_images=False)
     counted = ~dataset.ignore
-    owner = torch.from_numpy(dataset.image_indices)[counted]
+    image_indices = torch.from_numpy(dataset.image_indices)[counted]
     boxes, labels = dataset.boxes[counted], dataset.labels[counted]
-    points = ((boxes[:, :2] + boxes[:, 2:]) / 2 / dataset.sizes[owner].flip(1)).clamp(0, 1).numpy()
+    points = ((boxes[:, :2] + boxes[:, 2:]) / 2 / dataset.sizes[image_indices].flip(1)).clamp(0, 1).numpy()
     groups = [points[labels == k] for k in range(len(dataset.names))]
     target.parent.mkdir(parents=True, exist_ok=True)
     title = f"Where the objects' centers lie: {split} of {config.data.path}"

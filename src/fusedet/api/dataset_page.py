@@ -94,7 +94,7 @@ def _item(finding: Finding) -> str:
 def _describe_split(dataset: DetectionDataset) -> list[str]:
     """Show counts, histograms, the smallest and largest objects, and the objects with a fault."""
     boxes, labels = dataset.boxes.numpy(), dataset.labels.numpy()
-    owner = dataset.image_indices
+    image_indices = dataset.image_indices
     sides = (boxes[:, 2:] - boxes[:, :2]).clip(0)
     area = sides.prod(axis=1)
     counts = np.bincount(labels, minlength=len(dataset.names)).tolist()
@@ -110,7 +110,7 @@ def _describe_split(dataset: DetectionDataset) -> list[str]:
 
     def show(j: int) -> str:
         caption = f"{names[labels[j]]}, {sides[j, 0]:.4g} x {sides[j, 1]:.4g} pixels"
-        return _object_figure(dataset, int(owner[j]), j, caption)
+        return _object_figure(dataset, int(image_indices[j]), j, caption)
 
     real = np.flatnonzero(area > 0)
     order = real[np.argsort(area[real], kind="stable")].tolist()
@@ -123,7 +123,7 @@ def _describe_split(dataset: DetectionDataset) -> list[str]:
         *_row("Smallest objects", map(show, order[:_SHOWN])),
         *_row("Largest objects", map(show, order[::-1][:_SHOWN])),
     ]
-    for text, is_faulty in find_faults(owner, boxes, labels, dataset.sizes.numpy())[1].items():
+    for text, is_faulty in find_faults(image_indices, boxes, labels, dataset.sizes.numpy())[1].items():
         if is_faulty.any():
             rows = np.flatnonzero(is_faulty)
             parts += _row(f"Suspects: {text} ({len(rows)})", map(show, rows[:_SHOWN].tolist()))

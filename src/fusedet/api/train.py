@@ -243,7 +243,7 @@ def _say_what_differs(
 def _make_validation(fabric: Fabric, config: Config, val: DetectionDataset, masks: bool) -> trainer.Validate:
     """Return the function that computes the metrics of a validation, with the losses if the config asks for them."""
     has_loss = config.train.validation_loss
-    share = build_val_loader(
+    loader = build_val_loader(
         config,
         val,
         fabric.global_rank,
@@ -254,8 +254,8 @@ def _make_validation(fabric: Fabric, config: Config, val: DetectionDataset, mask
 
     def validate(detector: DetectorModule, epoch: int) -> dict[str, float]:
         losses = ValidationLoss(detector, fabric.device)
-        seen = losses.watch(share) if has_loss else share
-        results = detect(detector, seen, val, fabric.device, config.test.tiles.ios)
+        batches = losses.watch(loader) if has_loss else loader
+        results = detect(detector, batches, val, fabric.device, config.test.tiles.ios)
         metrics = evaluation.evaluate_coco(val, results, per_class=False, max_det=config.test.max_det)
         if masks:
             metrics |= compute_mask_metrics(val, results, max_det=config.test.max_det)

@@ -135,12 +135,12 @@ def build_val_loader(
         world: Number of processes that share the images.
         canvas: Height and width that images must fit; None for no limit.
         masks: Whether targets have masks.
-        pin: Whether batches are in page-locked memory, from which a GPU copies without a wait.
+        pin: Whether batches are in page-locked memory, from which a GPU copies without a synchronization.
 
     Raises:
         InputError: As for `build_eval_loader`.
     """
-    # a batch no larger than the rank's share keeps every process busy; one image per process is the least
+    # every process gets as many images of a batch, at least one
     batch = max(world, (config.test.batch or config.train.total_batch // config.train.accumulate) // world * world)
     first, *others = build_tta_transforms(config, canvas)
     options: dict[str, Any] = {"batch": batch, "workers": config.data.workers, "rank": rank, "world": world}
@@ -171,7 +171,7 @@ def detect(
     results: list[Result] = []
     for image_id, detections in detect_images(detector, loader, device, ios):
         results += detections.to_coco(image_id, dataset.category_ids)
-    return [result for share in gather_objects(results) for result in share]
+    return [result for of_rank in gather_objects(results) for result in of_rank]
 
 
 def has_mask_branch(detector: AnyDetector) -> bool:

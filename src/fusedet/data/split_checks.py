@@ -45,8 +45,8 @@ def check_box_convention(dataset: DetectionDataset) -> list[Finding]:
     boxes = dataset.boxes.numpy()
     if dataset.dataset_format not in _BOX_CONVENTIONS or not len(boxes):
         return []
-    owner = dataset.image_indices
-    limits = dataset.sizes.numpy()[owner][:, ::-1]
+    image_indices = dataset.image_indices
+    limits = dataset.sizes.numpy()[image_indices][:, ::-1]
     is_center = dataset.dataset_format == "yolo"
     start = boxes[:, :2] + (boxes[:, 2:] - boxes[:, :2]) / 2 * is_center  # the first two values as they are written
     end = boxes[:, 2:] - boxes[:, :2]  # the last two
@@ -54,7 +54,7 @@ def check_box_convention(dataset: DetectionDataset) -> list[Finding]:
     is_pair = ((end > start) & (end <= limits + MARGIN) & (start >= -MARGIN)).all(axis=1)
     if not is_pair.all() or leaves.mean() <= usable_targets.MOST_UNUSABLE:
         return []
-    example = str(dataset.path(int(owner[leaves.argmax()])))
+    example = str(dataset.path(int(image_indices[leaves.argmax()])))
     kind, advice = "boxes that look like x1, y1, x2, y2", f"write {_BOX_CONVENTIONS[dataset.dataset_format]}"
     message = (
         f"{kind}: {int(leaves.sum())} of {len(boxes)} leave their image, and none if read so; {advice} ({example})"

@@ -175,9 +175,9 @@ def select_classes(dataset: DetectionDataset, classes: Sequence[str], rename: Ma
     firsts = [renamed.index(name) for name in kept]
     labels = new_label[dataset.labels]
     at = torch.nonzero(labels >= 0).flatten()
-    owner = torch.from_numpy(dataset.image_indices)[at]
+    image_indices = torch.from_numpy(dataset.image_indices)[at]
     offsets = torch.zeros(len(dataset) + 1, dtype=torch.int64)
-    offsets[1:] = torch.bincount(owner, minlength=len(dataset)).cumsum(0)
+    offsets[1:] = torch.bincount(image_indices, minlength=len(dataset)).cumsum(0)
     columns = _take_annotations(dataset, at) | {"labels": labels[at]}
     texts = dataset.category_id_texts
     return dataclasses.replace(

@@ -91,7 +91,7 @@ def _cut_dataset(
     dataset: DetectionDataset, windows_of: Callable[[int, int], np.ndarray], min_visible: float
 ) -> DetectionDataset:
     """Return a dataset of the windows that a function gives for each (height, width)."""
-    owners, windows, rows, boxes, counts, shares = [], [], [], [], [], []
+    indices, windows, rows, boxes, counts, shares = [], [], [], [], [], []
     offsets, all_boxes = dataset.offsets.numpy(), dataset.boxes.numpy()
     for i, (height, width) in enumerate(dataset.sizes.tolist()):
         own = windows_of(height, width)
@@ -100,20 +100,20 @@ def _cut_dataset(
         is_inside = ((clipped[..., 2:] - clipped[..., :2]) >= MIN_SIDE).all(axis=-1)  # (T, G)
         tile, row = np.nonzero(is_inside)
         share = _area(clipped[tile, row]) / _area(image_boxes[row])
-        owners.append(np.full(len(own), i))
+        indices.append(np.full(len(own), i))
         windows.append(own)
         rows.append(offsets[i] + row)
         boxes.append(clipped[tile, row] - np.tile(own[tile, :2], 2))
         counts.append(is_inside.sum(axis=1))
         shares.append(share)
-    owner, window, row = np.concatenate(owners), np.concatenate(windows), np.concatenate(rows)
+    image_indices, window, row = np.concatenate(indices), np.concatenate(windows), np.concatenate(rows)
     at, is_cut = torch.from_numpy(row), torch.from_numpy(np.concatenate(shares) < min_visible)
     sides = torch.from_numpy(window[:, 2:] - window[:, :2])
     tiled_boxes = torch.from_numpy(np.concatenate(boxes))
     texts = dataset.image_id_texts
     return dataclasses.replace(
         dataset,
-        image_ids=dataset.image_ids[owner],
+        image_ids=dataset.image_ids[image_indices],
         sizes=sides.flip(1),
         offsets=torch.from_numpy(np.concatenate([[0], np.cumsum(np.concatenate(counts))])),
         boxes=tiled_boxes,
@@ -121,10 +121,10 @@ def _cut_dataset(
         ignore=dataset.ignore[at] | is_cut,
         eval_ignore=dataset.eval_ignore[at] | is_cut,
         area=(tiled_boxes[:, 2:] - tiled_boxes[:, :2]).prod(1),
-        paths=PackedBytes.pack([dataset.paths[i] for i in owner.tolist()]),
+        paths=PackedBytes.pack([dataset.paths[i] for i in image_indices.tolist()]),
         segmentations=PackedBytes.pack([dataset.segmentations[i] for i in row.tolist()]),
-        image_id_texts=None if texts is None else PackedBytes.pack([texts[i] for i in owner.tolist()]),
-        windows=torch.from_numpy(np.concatenate([window[:, :2], dataset.sizes.numpy()[owner]], axis=1)),
+        image_id_texts=None if texts is None else PackedBytes.pack([texts[i] for i in image_indices.tolist()]),
+        windows=torch.from_numpy(np.concatenate([window[:, :2], dataset.sizes.numpy()[image_indices]], axis=1)),
     )
 
 

@@ -35,8 +35,8 @@ def find_unusable_targets(dataset: DetectionDataset, *, for_training: bool = Tru
         dataset: The split.
         for_training: Whether targets of a training are meant, else those that evaluation counts.
     """
-    boxes, owner = dataset.boxes.numpy(), dataset.image_indices
-    limits = dataset.sizes.numpy()[owner][:, ::-1] if len(boxes) else np.zeros((0, 2))
+    boxes, image_indices = dataset.boxes.numpy(), dataset.image_indices
+    limits = dataset.sizes.numpy()[image_indices][:, ::-1] if len(boxes) else np.zeros((0, 2))
     is_crowd, is_flagged = dataset.eval_ignore.numpy(), dataset.ignore.numpy() & for_training
     is_empty = (boxes[:, 2:] - boxes[:, :2] <= annotation_cleaning.ROUNDING).any(axis=1)
     is_outside = ((boxes[:, :2] >= limits) | (boxes[:, 2:] <= 0)).any(axis=1)
@@ -72,7 +72,9 @@ def find_unusable_targets(dataset: DetectionDataset, *, for_training: bool = Tru
         own = is_affected & ~is_grouped
         is_grouped = is_grouped | own
         if own.any():
-            groups.append(UnusableTargets(int(own.sum()), cause, advice, str(dataset.path(int(owner[own.argmax()])))))
+            groups.append(
+                UnusableTargets(int(own.sum()), cause, advice, str(dataset.path(int(image_indices[own.argmax()]))))
+            )
     for text, cause in (
         (annotation_cleaning.NOT_FINITE, "have NaN or infinite coordinates"),
         (annotation_cleaning.NEGATIVE, "have a negative width or height"),

@@ -56,8 +56,8 @@ class ValidationLoss:
         """
         own = dict(zip([*self.names, "images"], self.sums.tolist(), strict=False))
         sums: dict[str, float] = {}
-        for share in gather_objects(own):  # empty for a process without an image
-            for name, value in share.items():
+        for of_rank in gather_objects(own):  # empty for a process without an image
+            for name, value in of_rank.items():
                 sums[name] = sums.get(name, 0.0) + value
         images = sums.pop("images")
         return {f"{PREFIX}{name}": value / images for name, value in sums.items()}

@@ -244,8 +244,8 @@ def iterate_rounds(
     det = pairs.det[order]
     if not len(det):
         return
-    owners, count = np.unique(det, return_counts=True)
-    turn = np.repeat(rank_in_group(group[owners]), count)
+    paired, count = np.unique(det, return_counts=True)
+    turn = np.repeat(rank_in_group(group[paired]), count)
     by_turn = np.argsort(turn, kind="stable")
     order, det, turn = order[by_turn], det[by_turn], turn[by_turn]
     for part in np.split(np.arange(len(det)), np.flatnonzero(np.diff(turn)) + 1):

@@ -88,12 +88,12 @@ class UniformMatcher:
         matches = torch.cat(nearest) if nearest else assigned.new_zeros(0, k, 2)
         own = torch.arange(count, device=anchors.device)[:, None, None].expand_as(matches)
         claims = matches.permute(1, 2, 0).flatten()  # the order of claims: rank, kind, instance
-        owners = own.permute(1, 2, 0).flatten()
-        positive = aligned_iou(anchors[claims], instances[owners]) >= self.positive
+        claiming = own.permute(1, 2, 0).flatten()
+        positive = aligned_iou(anchors[claims], instances[claiming]) >= self.positive
         order = torch.arange(len(claims), device=anchors.device)
         last = order.new_full((len(anchors),), -1).scatter_reduce(0, claims, order, "amax")
         if count:
-            claimed = torch.where(positive, owners, IGNORED)[last.clamp(min=0)]
+            claimed = torch.where(positive, claiming, IGNORED)[last.clamp(min=0)]
             assigned = torch.where(last >= 0, claimed, assigned)
         positive = positive.view(k, 2, count).permute(2, 0, 1).flatten(1) & valid[matches.flatten(1)]
         return UniformMatches(ignore_invalid(assigned, valid), matches.flatten(1), positive)
