@@ -14,7 +14,7 @@ from typing import Any
 from fusedet import ablation, config
 from fusedet.ablation.spec import DELTA, METRICS, SYNTHETIC
 from fusedet.config import Setting
-from fusedet.config.validation import adapter
+from fusedet.config.validation import make_adapter
 from fusedet.models.backbones import TimmBackbone
 from fusedet.models.build import constructor_options
 from fusedet.models.heads import HEADS
@@ -69,7 +69,7 @@ def describe_config() -> dict[str, Any]:
     roi = {
         "stages": list_of(refer_to("stage")),
         "branches": any_of(list_of(refer_to("branch")), NULL),
-        "valid_ranges": any_of(adapter(list[ScaleRange]).json_schema(), NULL),
+        "valid_ranges": any_of(make_adapter(list[ScaleRange]).json_schema(), NULL),
     }
     slots = {
         "backbone": any_of(backbone, foreign, name),
@@ -90,7 +90,9 @@ def describe_ablation() -> dict[str, Any]:
     table, row = schema["properties"], schema["$defs"]["Row"]["properties"]
     table["metric"]["enum"] = [*METRICS]
     table["rows"]["minItems"] = 1
-    table["synthetic"] |= any_of(mapping({key: adapter(hint).json_schema() for key, hint in SYNTHETIC.items()}), NULL)
+    table["synthetic"] |= any_of(
+        mapping({key: make_adapter(hint).json_schema() for key, hint in SYNTHETIC.items()}), NULL
+    )
     row["published"] |= mapping({f"{start}{name}": {"type": "number"} for start in ("", DELTA) for name in METRICS})
     return schema
 
@@ -114,7 +116,9 @@ def describe_options(make: Callable[..., Any], *given: str) -> dict[str, Any]:
     """Describe the options of a part by its constructor."""
     names, hints = constructor_options(make)
     hints = {name: hint for name, hint in hints.items() if name in names and name not in given}
-    return {name: refer_to(name) if name == "pooling" else adapter(hint).json_schema() for name, hint in hints.items()}
+    return {
+        name: refer_to(name) if name == "pooling" else make_adapter(hint).json_schema() for name, hint in hints.items()
+    }
 
 
 def any_of(*schemas: Any) -> dict[str, Any]:

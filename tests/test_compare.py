@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from fusedet import cli, evaluation, visualization
-from fusedet.api.compare import conclusion
+from fusedet.api.compare import conclude_comparison
 from fusedet.api.worst_images import make_painter
 from fusedet.data.readers.auto import read_dataset
 from fusedet.data.synthetic import generate_dataset
@@ -176,7 +176,7 @@ def test_wrong_input(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path]
 
 def test_conclusion() -> None:
     def say(low: float, high: float) -> str:
-        return conclusion({"difference": (low + high) / 2, "low": low, "high": high}, 36)
+        return conclude_comparison({"difference": (low + high) / 2, "low": low, "high": high}, 36)
 
     assert say(-0.01, 0.03) == (
         "Nothing can be concluded about which is better: the difference of AP is +0.010, "

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import pytest
 
 from fusedet.config import validate_value
-from fusedet.errors import InputError, plural, shorten_list, unknown
+from fusedet.errors import InputError, format_count, make_unknown_error, shorten_list
 
 
 @pytest.mark.parametrize(
@@ -87,20 +87,27 @@ def test_literals_suggest_the_nearest() -> None:
 
 
 def test_unknown_names() -> None:
-    assert str(unknown("neck", "fpm", ["fpn", "bfp"])) == "unknown neck 'fpm': did you mean 'fpn'? Known: bfp, fpn"
-    assert str(unknown("neck", "zzz", [])) == "unknown neck 'zzz'. Known: none"
     assert (
-        str(unknown("key", "a", ["b"], meant=["x.a", "y.a"]))
+        str(make_unknown_error("neck", "fpm", ["fpn", "bfp"]))
+        == "unknown neck 'fpm': did you mean 'fpn'? Known: bfp, fpn"
+    )
+    assert str(make_unknown_error("neck", "zzz", [])) == "unknown neck 'zzz'. Known: none"
+    assert (
+        str(make_unknown_error("key", "a", ["b"], meant=["x.a", "y.a"]))
         == "unknown key 'a': did you mean 'x.a' or 'y.a'? Known: b"
     )
     many = [f"name{i}" for i in range(99)]
-    assert str(unknown("config", "name7", many[8:], lister="this")).endswith("(this lists them)")
-    assert len(str(unknown("config", "name7", many[8:]))) < 120
+    assert str(make_unknown_error("config", "name7", many[8:], lister="this")).endswith("(this lists them)")
+    assert len(str(make_unknown_error("config", "name7", many[8:]))) < 120
 
 
 @pytest.mark.parametrize(("thing", "two"), [("image", "2 images"), ("class", "2 classes"), ("box", "2 boxes")])
 def test_plural(thing: str, two: str) -> None:
-    assert (plural(1, thing), plural(2, thing), plural(0, thing)) == (f"1 {thing}", two, two.replace("2", "0"))
+    assert (format_count(1, thing), format_count(2, thing), format_count(0, thing)) == (
+        f"1 {thing}",
+        two,
+        two.replace("2", "0"),
+    )
 
 
 def test_a_shortened_list_counts_the_rest() -> None:

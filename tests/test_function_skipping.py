@@ -6,14 +6,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fusedet.api.load_model import rebuild
+from fusedet.api.load_model import rebuild_detector
 from fusedet.engine.checkpoint import load_weights
 from fusedet.function_skipping import shapes_only, uninitialized
 
 
 def test_a_checkpoint_is_read_without_random_numbers(trained: Path) -> None:
     before = torch.get_rng_state()
-    detector = rebuild(trained / "best.safetensors")[0]
+    detector = rebuild_detector(trained / "best.safetensors")[0]
     assert torch.equal(torch.get_rng_state(), before)
     stored = load_weights(trained / "best.safetensors")[0]
     assert all(torch.equal(value, stored[key]) for key, value in detector.state_dict().items())

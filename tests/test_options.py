@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from fusedet.errors import InputError, one_of
+from fusedet.errors import InputError, require_choice
 from fusedet.models.backbones import TimmBackbone
 from fusedet.models.detectors import NeckChain, OneStage, create_model
 from fusedet.models.heads import HEADS, FCOSHead, RepPointsHead, RetinaHead, RPNHead, VFNetHead
@@ -67,9 +67,9 @@ def test_mistyped_names_are_refused(part: Callable[..., Any], option: str, value
 
 
 def test_values_of_a_literal() -> None:
-    one_of("top", "on_input", Top)
+    require_choice("top", "on_input", Top)
     with pytest.raises(InputError, match=r"unknown top 'None'\. Known: max_pool, "):
-        one_of("top", None, Top)
+        require_choice("top", None, Top)
 
 
 # -- chains

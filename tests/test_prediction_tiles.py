@@ -19,7 +19,7 @@ from exporting import ONE_LEVEL, TWO_LEVELS, save_run
 from fusedet import cli
 from fusedet.api.detection import detect_images
 from fusedet.api.predict import Prediction, Predictor, load
-from fusedet.api.tiles_help import conclude
+from fusedet.api.tiles_help import conclude_tiles
 from fusedet.api.train_inputs import check_config
 from fusedet.config import apply_overrides, parse
 from fusedet.config import load as load_config
@@ -544,11 +544,13 @@ def test_conclusions() -> None:
         ((-0.2, -0.1), "Tiles harm here: AP -0.150"),
         ((-0.1, 0.2), "It is open whether tiles help here: AP +0.050"),
     ):
-        text = conclude({"AP": row(*bounds)} | sizes, 5, 9)
+        text = conclude_tiles({"AP": row(*bounds)} | sizes, 5, 9)
         assert text.startswith(begin)
         assert text.endswith("times as long. Small objects gain. Large objects lose.") or "holds 0" in text
     nothing = row(float("nan"), float("nan"))
-    assert conclude({"AP": nothing}, 2, 9).startswith("Nothing can be concluded about tiles: the data hold no object")
+    assert conclude_tiles({"AP": nothing}, 2, 9).startswith(
+        "Nothing can be concluded about tiles: the data hold no object"
+    )
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from fusedet.ablation.launcher import _check_exit
 from fusedet.api.run_dir import create_run_dir
 from fusedet.config import Config, Interval, Train, parse_interval
 from fusedet.engine import checkpoint, train_state, trainer
-from fusedet.engine.determinism import REFUSED, WORKSPACE, deterministic
+from fusedet.engine.determinism import REFUSED, WORKSPACE, enable_determinism
 from fusedet.engine.logging import Meter, MetricsTable
 from fusedet.engine.signals import Interrupts
 from fusedet.engine.trainer import Interrupted, fit, setup
@@ -239,14 +239,14 @@ def test_deterministic_algorithms_are_asked_for_and_given_back(monkeypatch: pyte
         )
 
     before = now()
-    with deterministic(False):
+    with enable_determinism(False):
         assert now() == before
-    with deterministic(True):
+    with enable_determinism(True):
         assert now() == (True, True, False, ":4096:8")
     assert now() == before
     name = "adaptive_avg_pool2d_backward_cuda"
-    with pytest.raises(InputError, match=f"torch has no deterministic {name} on this device"), deterministic(True):
+    with pytest.raises(InputError, match=f"torch has no deterministic {name} on this device"), enable_determinism(True):
         raise RuntimeError(f"{name} {REFUSED}, but you set 'torch.use_deterministic_algorithms(True)'")
-    with pytest.raises(RuntimeError, match="else"), deterministic(True):
+    with pytest.raises(RuntimeError, match="else"), enable_determinism(True):
         raise RuntimeError("something else")
     assert now() == before

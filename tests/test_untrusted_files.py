@@ -330,7 +330,7 @@ def test_wrong_metadata(
     monkeypatch.chdir(tmp_path)
     file = with_meta(trained, tmp_path / f"x{suffix}", **changes)
     with at_most(64), pytest.raises(InputError, match=text) as caught:
-        load_model.rebuild(file)
+        load_model.rebuild_detector(file)
     assert len(str(caught.value)) < 2000
     assert not (tmp_path / "ran").exists()
 
@@ -357,7 +357,7 @@ def change(model: dict[str, Any], key: str, value: Any) -> None:
 def test_models_that_do_not_fit_the_weights(trained: Path, tmp_path: Path, key: str, value: Any, text: str) -> None:
     file = with_meta(trained, tmp_path / "x.safetensors", config=lambda model: change(model, key, value))
     with at_most(64), pytest.raises(InputError, match=text):
-        load_model.rebuild(file, trust="hub" in str(value) or "local" in str(value))
+        load_model.rebuild_detector(file, trust="hub" in str(value) or "local" in str(value))
 
 
 def test_info_of_an_untrusted_run_allocates_no_memory(
@@ -439,7 +439,7 @@ def test_a_class_of_another_package_is_refused_everywhere(
     file = with_meta(trained, tmp_path / "x.safetensors", config=lambda model: change(model, key, value(outside_class)))
     monkeypatch.setattr("importlib.import_module", lambda name: pytest.fail(f"{name} was imported"))
     with pytest.raises(InputError, match=rf"x.safetensors: model\.{key}.* names 'strange_parts:Spy'.* --trust"):
-        load_model.rebuild(file)
+        load_model.rebuild_detector(file)
 
 
 @pytest.mark.parametrize("trust", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -491,7 +491,7 @@ def test_a_resumed_run_uses_its_config_only(run_copy: Path, outside_class: str) 
     """The config stored in its best weights, which are evaluated at the end, is ignored."""
     with_meta(run_copy, run_copy / "best.safetensors", config=lambda model: change(model, "neck", outside_class))
     with pytest.raises(InputError, match=r"strange_parts:Spy.*--trust"):
-        load_model.rebuild(run_copy / "best.safetensors")
+        load_model.rebuild_detector(run_copy / "best.safetensors")
     assert cli.run(["train", str(run_copy), "--resume", "--json"]) == 0
 
 

@@ -29,7 +29,7 @@ class StorageError(InputError):
     exit_code = 4
 
 
-def unknown(
+def make_unknown_error(
     kind: str, name: object, known: Iterable[str], *, of: str = "", meant: Sequence[str] = (), lister: str = ""
 ) -> InputError:
     """Make the error for an unknown name; it offers the nearest known name.
@@ -42,15 +42,15 @@ def unknown(
         meant: Names to offer instead of the nearest.
         lister: The command that lists all known names, where they are too many for a message.
 
-    >>> str(unknown("neck", "fpm", ["fpn", "bfp"]))
+    >>> str(make_unknown_error("neck", "fpm", ["fpn", "bfp"]))
     "unknown neck 'fpm': did you mean 'fpn'? Known: bfp, fpn"
     """
     names = sorted(known)
-    near = meant or guess(name, names)
+    near = meant or find_nearest_name(name, names)
     hint = f": did you mean {' or '.join(map(repr, near))}?" if near else "."
     listed = f"Known: {', '.join(names) or 'none'}"
     if len(names) > _LISTED:
-        listed = f"Known are {nearest(name, names, lister)}"
+        listed = f"Known are {describe_known_names(name, names, lister)}"
     return InputError(f"unknown {kind} '{name}'{of and f' of {of}'}{hint} {listed}")
 
 
@@ -83,25 +83,25 @@ def split_names(kind: str, names: str | Iterable[str], known: Iterable[str], *, 
     asked = [name.strip() for text in texts for name in text.split(",") if name.strip()]
     for name in asked:
         if name not in known:
-            raise unknown(kind, name, known, of=of)
+            raise make_unknown_error(kind, name, known, of=of)
     return [name for name in known if name in asked]
 
 
-def guess(name: object, known: Iterable[str]) -> list[str]:
+def find_nearest_name(name: object, known: Iterable[str]) -> list[str]:
     """Return the known name that an unknown one probably means, in a list, which is empty if none is near."""
     return difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
 
 
-def nearest(name: object, known: Sequence[str], lister: str = "") -> str:
+def describe_known_names(name: object, known: Sequence[str], lister: str = "") -> str:
     """Describe the known names: their number, the five nearest to a name, and the command that lists all."""
     some = ", ".join(difflib.get_close_matches(str(name), known, n=5, cutoff=0))
     return f"{len(known)}, among them {some}" + (f" ({lister} lists them)" if lister else "")
 
 
-def plural(count: int, thing: str) -> str:
+def format_count(count: int, thing: str) -> str:
     """Format a count with its noun.
 
-    >>> plural(1, "box"), plural(2, "box"), plural(1200, "image")
+    >>> format_count(1, "box"), format_count(2, "box"), format_count(1200, "image")
     ('1 box', '2 boxes', '1200 images')
     """
     return f"{count} {thing}{'' if count == 1 else 'es' if thing.endswith(('s', 'x')) else 's'}"
@@ -117,17 +117,17 @@ def shorten_list(items: Iterable[object], limit: int = 5) -> str:
     return ", ".join(texts[:limit]) + f" and {len(texts) - limit} more" * (len(texts) > limit)
 
 
-def at_least(least: int, **values: int) -> None:
+def require_at_least(least: int, **values: int) -> None:
     """Raise InputError for a number, given with its name, that is too small."""
     for name, value in values.items():
         if value < least:
             raise InputError(f"{name}={value} must be {least} or more")
 
 
-def one_of(kind: str, value: object, choices: Any) -> None:
+def require_choice(kind: str, value: object, choices: Any) -> None:
     """Raise InputError, with the nearest value, for a value that a Literal type lacks.
 
     Configs are validated where they are built; constructors call this for Python users.
     """
     if value not in get_args(choices):
-        raise unknown(kind, value, map(str, get_args(choices)))
+        raise make_unknown_error(kind, value, map(str, get_args(choices)))

@@ -12,11 +12,11 @@ from fusedet import config
 from fusedet.ablation import experiment, plan, power, render, spec, summary, summary_text
 from fusedet.ablation.estimate import parse_duration
 from fusedet.ablation.plan_sheet import make_plan_sheet
-from fusedet.api.results import CommandResult, lines, list_files, names_of
+from fusedet.api.results import CommandResult, format_paths, group_lines, list_files
 from fusedet.api.settings import Settings, to_overrides
 from fusedet.config.interval import format_duration
 from fusedet.data import synthetic
-from fusedet.errors import InputError, at_least, one_of, plural
+from fusedet.errors import InputError, format_count, require_at_least, require_choice
 from fusedet.process_ranks import get_ranks
 
 Launcher = Literal["local", "slurm"]
@@ -38,7 +38,7 @@ class AblationResult(CommandResult):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the summary, the directory and the files."""
-        return self.summary | {"out": str(self.out), "files": names_of(self.files)}
+        return self.summary | {"out": str(self.out), "files": format_paths(self.files)}
 
     def __rich__(self) -> RenderableType:
         rows = (row for row in self.summary["rows"] if not row["cited"])
@@ -46,7 +46,7 @@ class AblationResult(CommandResult):
         text += [*summary_text.describe_coverage(self.summary), *summary_text.collect_notes(self.summary)]
         text.append(summary_text.describe_cost(self.summary))
         tables = map(render.sheet_table, render.make_sheets(self.summary))
-        return Group(*tables, lines(text), list_files(self.files))
+        return Group(*tables, group_lines(text), list_files(self.files))
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class AblationPreview(CommandResult):
         text = [f"about {format_duration(self.seconds)} on one device, by {self.basis}"] if self.seconds else []
         text += [] if self.basis or text else ["with data=PATH the time is estimated too"]
         table = render.sheet_table(make_plan_sheet(self.rows, self.classes, self.seeds))
-        return Group(lines([self.title]), table, lines(text))
+        return Group(group_lines([self.title]), table, group_lines(text))
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class PowerEstimate(CommandResult):
 
     def __rich__(self) -> RenderableType:
         noise = self.noise
-        runs = f"{plural(noise.runs, 'run')} of '{self.baseline}' on {noise.images} images"
+        runs = f"{format_count(noise.runs, 'run')} of '{self.baseline}' on {noise.images} images"
         text = [
             f"{self.metric} of {runs}: standard error over images {noise.over_images:.2f}",
             f"between seeds {noise.between_seeds:.2f}; of two seeds' difference over images {noise.of_pairs:.2f}"
@@ -130,7 +130,7 @@ class PowerEstimate(CommandResult):
             count, visible = "no number of" if images is None else f"{images:,}", self.visible[seeds]
             shown = "nothing" if visible is None else f"+{visible:.1f}"
             text.append(f"  {seeds} seeds per row: {count} images; {noise.images:,} images show {shown}")
-        return lines(text)
+        return group_lines(text)
 
 
 def ablate(
@@ -170,8 +170,8 @@ def ablate(
         StorageError: A file cannot be written.
         Interrupted: Ctrl-C or SIGTERM; what was trained is kept.
     """
-    one_of("launcher", launcher, Launcher)
-    at_least(1, parallel=parallel)
+    require_choice("launcher", launcher, Launcher)
+    require_at_least(1, parallel=parallel)
     _check_call(table)
     seconds = None if budget is None else parse_duration(budget)
     texts = to_overrides(overrides, settings)

@@ -17,8 +17,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from fusedet.ablation.plan import Run
 from fusedet.api.detection import detect_batch
-from fusedet.api.load_model import weights_file, with_weights
-from fusedet.api.predict import Predictor, tuned
+from fusedet.api.load_model import build_with_weights, weights_file
+from fusedet.api.predict import Predictor, prepare_detector
 from fusedet.api.timing import compute_percentiles, describe_device, time_call
 from fusedet.config import Config
 from fusedet.data.collate import collate_tta_samples, make_samples
@@ -106,9 +106,13 @@ def read_training_speed(run: Path) -> float | None:
 def _load_predictor(run: Run, dataset: DetectionDataset, device: torch.device) -> Predictor:
     """Load a run's weights, or those that it scores, into the model of its row."""
     file = weights_file(run.weights_from or run.folder)
-    detector = with_weights(run.config, len(dataset.names), file).to(device)
+    detector = build_with_weights(run.config, len(dataset.names), file).to(device)
     return Predictor(
-        tuned(detector, run.config, names=dataset.names), run.config, dataset.names, dataset.category_ids, file
+        prepare_detector(detector, run.config, names=dataset.names),
+        run.config,
+        dataset.names,
+        dataset.category_ids,
+        file,
     )
 
 

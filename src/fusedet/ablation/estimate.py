@@ -17,7 +17,7 @@ from fusedet.api.validate import build_val_loader, detect, has_mask_branch
 from fusedet.config import Config, to_seconds
 from fusedet.data.loader import build_train_loader
 from fusedet.data.tiling import count_windows
-from fusedet.errors import InputError, plural
+from fusedet.errors import InputError, format_count
 from fusedet.models.ops.losses import sum_losses
 
 MAX_CPU_IMAGES = 2  # batch of a timed step on a CPU
@@ -76,7 +76,7 @@ def make_clock(plan: Plan, costs: Mapping[str, Mapping[str, float]]) -> Clock:
         for run in plan.runs(label):
             clock.add(run)
     if count := sum(map(len, clock.seconds.values())):
-        clock.basis = f"{plural(count, 'finished run')}; other rows by their multiply-adds"
+        clock.basis = f"{format_count(count, 'finished run')}; other rows by their multiply-adds"
     return clock
 
 

@@ -13,7 +13,7 @@ from fusedet.ablation.plan import Plan
 from fusedet.ablation.report import write_report
 from fusedet.ablation.summary import summarize
 from fusedet.config.interval import format_duration
-from fusedet.errors import InputError, plural, shorten_list
+from fusedet.errors import InputError, format_count, shorten_list
 
 Say = Callable[[str], None]
 
@@ -141,4 +141,6 @@ def _describe_left(queue: launcher.Queue) -> str:
     """Say which runs the budget has left out."""
     listed, seconds = shorten_list((f"'{run.label}' seed {run.seed}" for run in queue.left), 6), queue.left_seconds
     rest = "" if seconds is None else f", about {format_duration(seconds)}"
-    return f"the budget leaves out {plural(len(queue.left), 'run')}{rest}: {listed}; repeat the command to continue"
+    return (
+        f"the budget leaves out {format_count(len(queue.left), 'run')}{rest}: {listed}; repeat the command to continue"
+    )

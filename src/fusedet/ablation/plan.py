@@ -16,7 +16,7 @@ from fusedet.config import Config
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.shape_drawing import name_classes
 from fusedet.data.splits import NO_DATA, read_key
-from fusedet.errors import InputError, prefix_errors, unknown
+from fusedet.errors import InputError, make_unknown_error, prefix_errors
 from fusedet.models.detectors import build_meta_detector
 
 Split = tuple[DetectionDataset, DetectionDataset]
@@ -274,7 +274,7 @@ def _parse_labels(table: Table, rows: Iterable[str]) -> list[str]:
         while text:
             starts = [label for label in known if f"{text},".startswith(f"{label},")]
             if not starts:
-                raise unknown(f"row of {table.source}", text, known)
+                raise make_unknown_error(f"row of {table.source}", text, known)
             label = max(starts, key=len)
             text = text[len(label) + 1 :]
             if known[label].is_only_cited:

@@ -6,7 +6,7 @@ from typing import Any
 from fusedet.ablation.render import CITED, Sheet, drop_empty_paper_columns
 from fusedet.ablation.spec import METRICS
 from fusedet.config.interval import format_duration
-from fusedet.errors import plural
+from fusedet.errors import format_count
 from fusedet.evaluation.formatting import format_number
 
 
@@ -47,5 +47,5 @@ def make_plan_sheet(rows: Sequence[Mapping[str, Any]], classes: int, seeds: int)
         cells += [("-" if row["seconds"] is None else format_duration(row["seconds"]))] * has_estimate
         lines.append(cells)
     published = "Published metrics in percent; counted" if names else "Counted"
-    title = f"{published} with {classes} classes; {plural(seeds, 'seed')} per row"
+    title = f"{published} with {classes} classes; {format_count(seeds, 'seed')} per row"
     return drop_empty_paper_columns(Sheet(title, head, lines))

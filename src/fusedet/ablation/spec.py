@@ -16,7 +16,7 @@ from fusedet.config.fields import Texts
 from fusedet.config.section import Declaration, text_keys
 from fusedet.config.validation import accept_sequences
 from fusedet.data.synthetic import generate_dataset
-from fusedet.errors import InputError, prefix_errors, unknown
+from fusedet.errors import InputError, make_unknown_error, prefix_errors
 from fusedet.evaluation import bootstrap
 from fusedet.models.detectors import build_meta_detector
 
@@ -59,7 +59,7 @@ class Row(Declaration):
             raise InputError("label must not be empty")
         for name in self.published:
             if name.removeprefix(DELTA) not in METRICS:
-                raise unknown("metric", name, METRICS, of="published")
+                raise make_unknown_error("metric", name, METRICS, of="published")
         if self.is_only_cited and self.overrides:
             raise InputError("a cited row without a base is not run, leave out overrides, or write base: MODEL")
         if self.cited and not self.published:
@@ -131,19 +131,19 @@ class Table(Declaration):
     def _check(self) -> Self:
         for name, value in (self.synthetic or {}).items():
             if name not in SYNTHETIC:
-                raise unknown("key", name, SYNTHETIC, of="synthetic")
+                raise make_unknown_error("key", name, SYNTHETIC, of="synthetic")
             config.validate_value(value, SYNTHETIC[name], f"synthetic.{name}")
         if self.metric not in METRICS:
-            raise unknown("metric", self.metric, METRICS)
+            raise make_unknown_error("metric", self.metric, METRICS)
         labels = [row.label for row in self.rows]
         for i, label in enumerate(labels, start=1):
             if (first := labels.index(label) + 1) < i:
                 raise InputError(f"rows {first} and {i} both have the label '{label}': labels must be unique")
         if self.reference is not None and self.reference not in labels:
-            raise unknown("reference", self.reference, labels)
+            raise make_unknown_error("reference", self.reference, labels)
         for row in self.rows:
             if row.reference is not None and row.reference not in labels:
-                raise unknown("reference", row.reference, labels, of=f"row '{row.label}'")
+                raise make_unknown_error("reference", row.reference, labels, of=f"row '{row.label}'")
             if self.reference is row.reference is None and any(name.startswith(DELTA) for name in row.published):
                 raise InputError(
                     f"row '{row.label}': a published difference needs reference: LABEL, above the rows or in the row"

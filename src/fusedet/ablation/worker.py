@@ -9,8 +9,8 @@ from pathlib import Path
 
 from fusedet import config
 from fusedet.ablation.plan import FAILED, TIMES, Run
-from fusedet.api.load_model import weights_file, with_weights
-from fusedet.api.predict import pick_device, tuned
+from fusedet.api.load_model import build_with_weights, weights_file
+from fusedet.api.predict import pick_device, prepare_detector
 from fusedet.api.run_dir import create_run_dir, describe_environment, read_json, write_json
 from fusedet.api.train import train
 from fusedet.api.train_inputs import open_data
@@ -52,7 +52,7 @@ def score_trained_weights(run: Run, say: Callable[[str], None] = print) -> None:
     device = pick_device(options.device)
     train_split, dataset = open_data(options, say)
     weights = weights_file(run.weights_from)
-    detector = tuned(with_weights(options, len(dataset.names), weights).to(device), options)
+    detector = prepare_detector(build_with_weights(options, len(dataset.names), weights).to(device), options)
     evaluated = evaluate_detector(detector, options, dataset, device)
     folder = create_run_dir(run.folder)
     write_atomically(folder / "config.yaml", options.to_yaml().encode())

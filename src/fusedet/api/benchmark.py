@@ -16,10 +16,10 @@ from fusedet.api.engines import ENGINES
 from fusedet.api.export_options import check_size
 from fusedet.api.load_model import is_config
 from fusedet.api.progress import progress_bar, say_nothing
-from fusedet.api.results import CommandResult, lines, list_files, names_of
+from fusedet.api.results import CommandResult, format_paths, group_lines, list_files
 from fusedet.api.settings import Settings, split_overrides, to_overrides
 from fusedet.api.timing import describe_machine, interleave, summarize_spans
-from fusedet.errors import InputError, at_least, split_names
+from fusedet.errors import InputError, require_at_least, split_names
 
 BATCHES = (1, 8)
 RUNS = 10
@@ -58,7 +58,7 @@ class BenchmarkResult(CommandResult):
         """Return all fields, and the fastest engine by number of images."""
         keys = ("model", "engine", "precision")
         fastest = {batch: {key: row[key] for key in keys} for batch, row in self.fastest.items()}
-        return vars(self) | {"fastest": fastest, "files": names_of(self.files), "out": str(self.out)}
+        return vars(self) | {"fastest": fastest, "files": format_paths(self.files), "out": str(self.out)}
 
     def __rich__(self) -> RenderableType:
         height, width = self.size
@@ -69,7 +69,7 @@ class BenchmarkResult(CommandResult):
             for batch, row in self.fastest.items()
         ]
         failed = [f"{row['engine']} ({row['model']}): {row['error']}" for row in self.rows if row["error"]]
-        return Group(tables.latency_table(self.rows, title), lines([*failed, *best]), list_files(self.files))
+        return Group(tables.latency_table(self.rows, title), group_lines([*failed, *best]), list_files(self.files))
 
 
 def benchmark(
@@ -116,7 +116,7 @@ def benchmark(
     batches = sorted(set(batch))
     if not (paths and batches and names):
         raise InputError("name at least one run, checkpoint, config or exported model, format and number of images")
-    at_least(1, runs=runs, batch=batches[0])
+    require_at_least(1, runs=runs, batch=batches[0])
     shape = None if size is None else check_size(size)
     own, texts = split_overrides(to_overrides(overrides, settings), "out")
     out = own.out or _default_directory(paths[0])

@@ -16,7 +16,7 @@ from PIL import Image
 import fusedet
 from fusedet import exporters
 from fusedet.api.engines import PYTORCH, Task, resize_settings
-from fusedet.api.load_model import build_untrained, is_config, rebuild, require_known_source, weights_file
+from fusedet.api.load_model import build_untrained, is_config, rebuild_detector, require_known_source, weights_file
 from fusedet.api.progress import say_nothing
 from fusedet.api.run_dir import read_json
 from fusedet.api.settings import refuse_other_keys, resolve_config
@@ -97,7 +97,8 @@ def plan_engines(
         # also refuses what is no checkpoint, and wrong settings, before anything is measured
         saved = [
             resolve_config(
-                rebuild(file, trust)[1] if export is None else parse(exporters.read_export(export)[0].config), settings
+                rebuild_detector(file, trust)[1] if export is None else parse(exporters.read_export(export)[0].config),
+                settings,
             )
             for file, export in zip(files, exports)
         ]

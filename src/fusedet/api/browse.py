@@ -10,14 +10,14 @@ from rich.console import Group, RenderableType
 from fusedet import visualization
 from fusedet.api import run_dir
 from fusedet.api.predict import Predictor
-from fusedet.api.results import CommandResult, lines
+from fusedet.api.results import CommandResult, group_lines
 from fusedet.api.settings import Settings, Source, refuse_other_keys, resolve_config, to_overrides
 from fusedet.api.tables import centers_table
 from fusedet.api.train_inputs import train_transform, training_images
 from fusedet.config import Config
 from fusedet.data.loader import build_train_loader
 from fusedet.data.splits import read_split
-from fusedet.errors import InputError, at_least, plural
+from fusedet.errors import InputError, format_count, require_at_least
 from fusedet.visualization import object_centers
 
 SETTABLE = ("data", "train.schedule", "train.seed", "out")
@@ -46,8 +46,8 @@ class BrowseResult(CommandResult):
 
     def __rich__(self) -> RenderableType:
         if self.classes is None:
-            return lines([f"{plural(self.images or 0, 'image')}: {self.image}"])
-        return Group(centers_table(self.classes), lines([f"centers: {self.image}"]))
+            return group_lines([f"{format_count(self.images or 0, 'image')}: {self.image}"])
+        return Group(centers_table(self.classes), group_lines([f"centers: {self.image}"]))
 
 
 def browse(
@@ -88,8 +88,8 @@ def browse(
             raise InputError("centers are those of the whole split: leave out the number of images and the epoch")
         return BrowseResult(target, classes=_draw_centers(options, split, target))
     images, epoch = 16 if images is None else images, epoch or 0
-    at_least(1, images=images)
-    at_least(0, epoch=epoch)
+    require_at_least(1, images=images)
+    require_at_least(0, epoch=epoch)
     return BrowseResult(target, images=_draw_images(options, split, images, epoch, target))
 
 
@@ -122,7 +122,7 @@ def _draw_images(config: Config, split: str, images: int, epoch: int, target: Pa
                 batch.images[0, :, :height, :width], seen.boxes, seen.labels, dataset.names, ignore=seen.ignore
             )
         )
-        captions.append(f"id {batch.ids[0]}: {width} x {height}, {plural(len(seen), 'object')}")
+        captions.append(f"id {batch.ids[0]}: {width} x {height}, {format_count(len(seen), 'object')}")
         if len(drawn) == count:
             break
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -12,9 +12,9 @@ from fusedet.api import run_dir
 from fusedet.api.cam_figures import UNITS, Job, draw_figures, join_captions, map_size, order_rows
 from fusedet.api.image_sources import Sources
 from fusedet.api.predict import SETTABLE, Prediction, Predictor, load
-from fusedet.api.results import CommandResult, lines, list_files
+from fusedet.api.results import CommandResult, group_lines, list_files
 from fusedet.api.settings import Settings, refuse_other_keys, split_overrides, to_overrides
-from fusedet.errors import InputError, unknown
+from fusedet.errors import InputError, make_unknown_error
 from fusedet.exporters import ExportedDetector, find_export
 from fusedet.visualization.activation_maps import PARTS, ActivationMaps, MapRow, compute_activation_maps, resize_map
 
@@ -41,7 +41,7 @@ class CamResult(CommandResult):
 
     def __rich__(self) -> RenderableType:
         skipped = [f"skipped: {reason}" for reason in self.skipped.values()]
-        return Group(lines([*format_report(self.images), *skipped]), list_files(self.files))
+        return Group(group_lines([*format_report(self.images), *skipped]), list_files(self.files))
 
 
 def cam(
@@ -84,7 +84,7 @@ def cam(
         raise InputError("which images? Write fusedet cam RUN IMAGE..., files, directories or globs")
     for part in only:
         if part not in PARTS:
-            raise unknown("part", part, PARTS)
+            raise make_unknown_error("part", part, PARTS)
     run_dir.check_new_dir(options.out)
     for source in (run, beside):
         if source is not None and find_export(source):
@@ -97,7 +97,7 @@ def cam(
     }
     for source, predictor in runs.items():
         if class_name is not None and class_name not in predictor.names:
-            raise unknown(f"class of {source}", class_name, predictor.names)
+            raise make_unknown_error(f"class of {source}", class_name, predictor.names)
     jobs: list[Job] = []
     skipped: dict[str, str] = {}
     for path in images:

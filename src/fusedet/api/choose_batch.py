@@ -9,7 +9,7 @@ from fusedet.config import Config
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.transforms import keep_ratio_size
 from fusedet.engine.batch_size import MAX_BATCH, find_batch
-from fusedet.errors import plural
+from fusedet.errors import format_count
 from fusedet.models.detectors import DetectorModule
 
 _STEPS = 10  # that an epoch has at least: fewer and larger steps learn little from a small dataset
@@ -44,8 +44,8 @@ def choose_batch(
     least = fabric.all_reduce(torch.tensor(float(own), device=fabric.device), reduce_op="min")
     fitting = int(least)  # type: ignore[arg-type]
     batch = fitting * world * train.accumulate
-    reason = "more do not fit into memory" if fitting < limit else f"the most for {plural(len(images), 'image')}"
-    say(f"train.batch=auto: {plural(batch, 'image')} per step, {reason}")
+    reason = "more do not fit into memory" if fitting < limit else f"the most for {format_count(len(images), 'image')}"
+    say(f"train.batch=auto: {format_count(batch, 'image')} per step, {reason}")
     return config.replace(train=train.replace(batch=batch))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from fusedet.atomic_io import open_atomically, write_atomically
 from fusedet.data.dataset import DetectionDataset
-from fusedet.errors import InputError, plural, shorten_list
+from fusedet.errors import InputError, format_count, shorten_list
 from fusedet.evaluation.mask_iou import compute_mask_area, validate_masks
 from fusedet.evaluation.results import Result, build_detection_table
 
@@ -61,7 +61,7 @@ def warn_if_incomplete(dataset: DetectionDataset, name: str) -> str | None:
     """Return a warning if a split has another number of images than COCO's split of that name."""
     if len(dataset) == (whole := IMAGES.get(name, len(dataset))):
         return None
-    own = plural(len(dataset), "image")
+    own = format_count(len(dataset), "image")
     return f"warning: {dataset.source} has {own}, but COCO's {name}, which the server evaluates as a whole, has {whole}"
 
 

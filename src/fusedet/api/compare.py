@@ -10,14 +10,14 @@ from rich.console import Group, RenderableType
 
 from fusedet import config, evaluation, visualization
 from fusedet.api import run_dir
-from fusedet.api.results import CommandResult, lines, list_files, names_of
+from fusedet.api.results import CommandResult, format_paths, group_lines, list_files
 from fusedet.api.settings import Settings, refuse_other_keys, to_overrides
 from fusedet.api.tables import comparison_table
 from fusedet.api.worst_images import make_painter
 from fusedet.config import Config
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.splits import read_split
-from fusedet.errors import InputError, at_least
+from fusedet.errors import InputError, require_at_least
 from fusedet.evaluation.bootstrap import METRICS as BOOTSTRAP_METRICS
 from fusedet.evaluation.confidence_intervals import LEVEL
 from fusedet.evaluation.formatting import describe_interval, format_difference
@@ -47,10 +47,10 @@ class Comparison(CommandResult):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report, the directory and the files."""
-        return self.report | {"out": str(self.out), "files": names_of(self.files)}
+        return self.report | {"out": str(self.out), "files": format_paths(self.files)}
 
     def __rich__(self) -> RenderableType:
-        return Group(comparison_table(self.report), lines([self.report["conclusion"]]), list_files(self.files))
+        return Group(comparison_table(self.report), group_lines([self.report["conclusion"]]), list_files(self.files))
 
 
 def compare(
@@ -81,8 +81,8 @@ def compare(
         InputError: There are no stored results, or they are not of the same data.
         StorageError: A file cannot be written.
     """
-    at_least(40, resamples=resamples)
-    at_least(0, bootstrap_seed=bootstrap_seed)
+    require_at_least(40, resamples=resamples)
+    require_at_least(0, bootstrap_seed=bootstrap_seed)
     texts = refuse_other_keys(to_overrides(overrides, settings), *SETTABLE, of="a comparison")
     a, b = str(a), str(b)
     runs = [run for run in map(_config_of, (a, b)) if run is not None]
@@ -108,7 +108,7 @@ def compare(
         "resamples": resamples,
         "seed": bootstrap_seed,
         "level": LEVEL,
-        "conclusion": SAME if results[0] == results[1] else conclusion(metrics["AP"], len(dataset)),
+        "conclusion": SAME if results[0] == results[1] else conclude_comparison(metrics["AP"], len(dataset)),
         "metrics": {name: metrics[name] for name in BOOTSTRAP_METRICS},
         "classes": metrics["classes"],
         "errors": {side: evaluation.analyze_errors(dataset, table) for side, table in zip("ab", tables)},
@@ -132,7 +132,7 @@ def compare(
     return Comparison(report, out, files)
 
 
-def conclusion(row: dict[str, float], images: int) -> str:
+def conclude_comparison(row: dict[str, float], images: int) -> str:
     """Return what the difference of AP and its interval allow one to conclude, as a sentence or two."""
     change, low, high = format_difference(row["difference"]), row["low"], row["high"]
     if math.isnan(low):

@@ -8,7 +8,7 @@ from typing import Any, Literal, Unpack
 
 from rich.console import RenderableType
 
-from fusedet.api.results import CommandResult, lines
+from fusedet.api.results import CommandResult, group_lines
 from fusedet.api.settings import Settings, refuse_other_keys, resolve_config, to_overrides
 from fusedet.data import conversion
 
@@ -41,7 +41,7 @@ class DatasetConversion(CommandResult):
 
     def __rich__(self) -> RenderableType:
         rows = ((name, ", ".join(f"{n} {what}" for what, n in counts.items())) for name, counts in self.splits.items())
-        return lines([*(f"{name}: {counts}" for name, counts in rows), *(f"note: {note}" for note in self.notes)])
+        return group_lines([*(f"{name}: {counts}" for name, counts in rows), *(f"note: {note}" for note in self.notes)])
 
 
 def convert_dataset(

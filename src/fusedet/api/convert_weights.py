@@ -8,7 +8,7 @@ from rich.console import RenderableType
 
 from fusedet import interop
 from fusedet.api import run_dir
-from fusedet.api.results import CommandResult, lines
+from fusedet.api.results import CommandResult, group_lines
 from fusedet.api.settings import Settings, to_overrides
 from fusedet.api.weights_cache import save_converted
 from fusedet.atomic_io import write_atomically
@@ -32,7 +32,7 @@ class WeightConversion(CommandResult):
     notes: list[str]
 
     def __rich__(self) -> RenderableType:
-        return lines([*(f"note: {note}" for note in self.notes), f"weights: {self.weights}"])
+        return group_lines([*(f"note: {note}" for note in self.notes), f"weights: {self.weights}"])
 
 
 def convert_weights(

@@ -16,7 +16,7 @@ from fusedet.data.dataset import DetectionDataset
 from fusedet.data.dataset_images import read_dataset_image
 from fusedet.data.findings import Finding
 from fusedet.data.validation import DatasetReport
-from fusedet.errors import InputError, plural
+from fusedet.errors import InputError, format_count
 from fusedet.visualization.annotators import BoxAnnotation, LineStyle, draw_annotations, to_pil_image
 from fusedet.visualization.colors import class_color
 from fusedet.visualization.page import make_jpeg_uri, make_page, make_section
@@ -100,7 +100,8 @@ def _describe_split(dataset: DetectionDataset) -> list[str]:
     counts = np.bincount(labels, minlength=len(dataset.names)).tolist()
     background = int((np.diff(dataset.offsets.numpy()) == 0).sum())
     intro = (
-        f"<p>{plural(len(dataset), 'image')} ({background} without objects), {plural(len(labels), 'object')} "
+        f"<p>{format_count(len(dataset), 'image')} ({background} without objects), "
+        f"{format_count(len(labels), 'object')} "
         f"<span class=faint>from {escape(dataset.source)}</span></p>"
     )
     by_count = sorted(zip(label_classes(dataset), counts, strict=True), key=lambda pair: -pair[1])

@@ -14,7 +14,7 @@ from fusedet.api.settings import Settings, to_overrides
 from fusedet.api.train import train
 from fusedet.data import synthetic
 from fusedet.data.readers.auto import read_dataset
-from fusedet.errors import at_least
+from fusedet.errors import require_at_least
 
 MODEL = "retinanet_tiny"
 SHOWN = 16
@@ -41,7 +41,7 @@ def demo(
     Raises:
         InputError: A setting is wrong, or `out` is not empty.
     """
-    at_least(10, images=images)
+    require_at_least(10, images=images)
     texts = to_overrides(overrides, settings)
     options = config.load(MODEL, texts)
     target = run_dir.create_run_dir(options.out or run_dir.find_free_path(".", "demo"))

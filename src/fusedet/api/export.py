@@ -14,13 +14,13 @@ from fusedet.api import run_dir
 from fusedet.api.export_files import Traced, trace_detector, write_files
 from fusedet.api.export_options import Precision, add_aot, check_calibration, check_formats, check_opset, check_shapes
 from fusedet.api.export_result import ExportResult
-from fusedet.api.load_model import build_untrained, is_config, rebuild, require_known_source, weights_file
-from fusedet.api.predict import SETTABLE, tuned
+from fusedet.api.load_model import build_untrained, is_config, rebuild_detector, require_known_source, weights_file
+from fusedet.api.predict import SETTABLE, prepare_detector
 from fusedet.api.progress import say_nothing
 from fusedet.api.quantize import CalibrationData, read_calibration_data
 from fusedet.api.settings import Settings, refuse_other_keys, resolve_config, to_overrides
 from fusedet.config import Config
-from fusedet.errors import InputError, StorageError, one_of
+from fusedet.errors import InputError, StorageError, require_choice
 from fusedet.exporters.formats import package_versions
 from fusedet.exporters.metadata import License, Metadata, Resize, Thresholds
 from fusedet.exporters.quantization import PACKAGES
@@ -96,7 +96,7 @@ def export(
             AP than `max_drop`.
         StorageError: A file cannot be written.
     """
-    one_of("precision", precision, Precision)
+    require_choice("precision", precision, Precision)
     names = check_formats(formats, precision)
     if aot:
         names = add_aot(names)
@@ -138,14 +138,14 @@ def _load(
     if is_config(source):
         detector, config, names = build_untrained(source, texts)
         say(f"{source} is a config: its weights are random, not trained")
-        model = _Source(tuned(detector, config, names=names), config, names, list(range(len(names))), None)
+        model = _Source(prepare_detector(detector, config, names=names), config, names, list(range(len(names))), None)
         return model, config.out or run_dir.find_free_path("exports", Path(source).stem)
     if exporters.find_export(source):
         raise InputError(f"{source} is exported already: give the run that it came from")
     texts = refuse_other_keys(texts, *SETTABLE, *(["data"] if calibrate else []), "out")
     require_known_source(source)
     file = weights_file(source)
-    detector, config, names, ids = rebuild(file, trust)
+    detector, config, names, ids = rebuild_detector(file, trust)
     config = resolve_config(config.replace(out=None), texts)
     if config.data.channels != 3:
         raise InputError(
@@ -153,7 +153,7 @@ def _load(
         )
     out = config.out or run_dir.find_free_path(run_dir.parent_of(source), "export")
     license = find_published_weights(source).license if is_published_name(source) else None
-    return _Source(tuned(detector, config, names=names), config, names, ids, file, license), out
+    return _Source(prepare_detector(detector, config, names=names), config, names, ids, file, license), out
 
 
 def _describe(

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from fusedet import exporters
-from fusedet.errors import InputError, at_least, split_names
+from fusedet.errors import InputError, require_at_least, split_names
 from fusedet.exporters.formats import AOT, check_compiler, check_packages
 from fusedet.exporters.quantization import PACKAGES
 from fusedet.exporters.runtime import check_bf16
@@ -82,7 +82,7 @@ def check_calibration(precision: str, calibrate: bool, raw: bool, images: int | 
     if raw:
         raise InputError("--raw leaves out the detections by whose AP int8 is judged: leave out --raw or int8")
     if images is not None:
-        at_least(1, calibration_images=images)
+        require_at_least(1, calibration_images=images)
     if max_drop is not None and not 0 <= max_drop <= 1:
         raise InputError(f"max_drop={max_drop:g} must be 0 to 1, such as 0.01 for one percent of AP")
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from fusedet.api.results import CommandResult, lines
-from fusedet.errors import plural
+from fusedet.api.results import CommandResult, group_lines
+from fusedet.errors import format_count
 
 
 @dataclass(frozen=True)
@@ -34,23 +34,24 @@ class ExportResult(CommandResult):
             if "price" in row:
                 rows += self._describe_price(name, row)
                 continue
-            compared = plural(sum(case["detections"] for case in cases), "detection")
+            compared = format_count(sum(case["detections"] for case in cases), "detection")
             box, score = (max(case[key] for case in cases) for key in ("box", "score"))
             rows.append(
                 f"{name}: {self.out / row['files'][0]}, {row['megabytes']:.1f} MB, equal to PyTorch on "
-                f"{plural(len(cases), 'input')} ({compared}): boxes within {box:.2g} pixels, scores within {score:.2g}"
+                f"{format_count(len(cases), 'input')} ({compared}): boxes within {box:.2g} pixels, scores within "
+                f"{score:.2g}"
             )
-        return lines([*rows, f"report: {self.out / 'report.json'}"])
+        return group_lines([*rows, f"report: {self.out / 'report.json'}"])
 
     def _describe_price(self, name: str, row: dict[str, Any]) -> list[str]:
         """Return what int8 costs, as lines."""
         data, kept = self.report["calibration"], len(row["floating_point"])
-        layers = f", {plural(kept, 'convolution')} in floating point" if kept else ""
+        layers = f", {format_count(kept, 'convolution')} in floating point" if kept else ""
         interval = f"{100 * data['level']:g} % interval"
         return [
             f"{name}: {self.out / row['files'][0]}, {row['megabytes']:.1f} MB, int8 calibrated on "
-            f"{plural(data['images'], 'image')} of {data['split']}{layers}; price on "
-            f"{plural(data['val_images'], 'image')} of {data['val']}:",
+            f"{format_count(data['images'], 'image')} of {data['split']}{layers}; price on "
+            f"{format_count(data['val_images'], 'image')} of {data['val']}:",
             *(
                 f"  {metric}: {price['a']:.4f} -> {price['b']:.4f}, {price['difference']:+.4f}, {interval} "
                 f"{price['low']:+.4f} to {price['high']:+.4f}"

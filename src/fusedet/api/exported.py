@@ -15,7 +15,7 @@ SETTABLE = ("data", "test.batch", "test.tiles", "device", "out")
 
 
 class Exported(NamedTuple):
-    """An exported model, what `load_model.rebuild` returns of a checkpoint, and the file."""
+    """An exported model, what `load_model.rebuild_detector` returns of a checkpoint, and the file."""
 
     detector: ExportedDetector
     config: Config

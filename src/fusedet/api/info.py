@@ -7,8 +7,8 @@ from typing import Any, Unpack
 from rich.console import RenderableType
 
 from fusedet import config as configs
-from fusedet.api.load_model import COCO_CLASSES, at_most, countable, rebuild, weights_file
-from fusedet.api.results import CommandResult, lines
+from fusedet.api.load_model import COCO_CLASSES, limit_model_size, rebuild_detector, refuse_overflow, weights_file
+from fusedet.api.results import CommandResult, group_lines
 from fusedet.api.settings import (
     Settings,
     Source,
@@ -20,7 +20,7 @@ from fusedet.api.settings import (
 )
 from fusedet.api.tables import cost_table
 from fusedet.config import Config
-from fusedet.errors import InputError, plural
+from fusedet.errors import InputError, format_count
 from fusedet.interop.published_weights import is_published_name
 from fusedet.models import profiling
 from fusedet.models.detectors import build_meta_detector
@@ -49,7 +49,7 @@ class ModelInfo(CommandResult):
         return {"model": self.model, "classes": self.classes, **self.cost}
 
     def __rich__(self) -> RenderableType:
-        return cost_table(self.cost, f"{self.model}, {plural(self.classes, 'class')}")
+        return cost_table(self.cost, f"{self.model}, {format_count(self.classes, 'class')}")
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class ConfigNames(CommandResult):
     schedules: list[str]
 
     def __rich__(self) -> RenderableType:
-        return lines(f"{kind}: {', '.join(names)}" for kind, names in vars(self).items())
+        return group_lines(f"{kind}: {', '.join(names)}" for kind, names in vars(self).items())
 
 
 def info(
@@ -106,14 +106,14 @@ def info(
         options = resolve_config(config, texts, trust=trust)
     if is_trained:
         file = weights_file(name)
-        detector, saved, names, _ = rebuild(file, trust)
+        detector, saved, names, _ = rebuild_detector(file, trust)
         # the config may be somebody else's: its model has no more weights than the file
-        limit = at_most(len(detector.state_dict()), file)
+        limit = limit_model_size(len(detector.state_dict()), file)
         classes = len(names) if classes is None else classes
         options = options or resolve_config(saved, texts)
     assert options is not None
     classes = COCO_CLASSES if classes is None else classes
-    with countable(name):
+    with refuse_overflow(name):
         with limit or nullcontext():
             detector = build_meta_detector(options, classes)
         size = profiling.network_size(options.data.size)

@@ -14,7 +14,7 @@ from fusedet.api.weights_cache import fetch_weights
 from fusedet.config import Config, load, parse, parse_yaml, refuse_foreign_classes
 from fusedet.config import names as config_names
 from fusedet.engine import checkpoint
-from fusedet.errors import InputError, guess, unknown
+from fusedet.errors import InputError, find_nearest_name, make_unknown_error
 from fusedet.exporters.reference import spread_scores
 from fusedet.function_skipping import uninitialized
 from fusedet.interop.published_weights import is_published_name, list_published_weights, require_source
@@ -34,7 +34,7 @@ def require_known_source(source: str | Path) -> None:
         return
     require_source(source)
     if not path.suffix and path.name == str(source):
-        raise unknown("run, checkpoint or config", source, config_names(), lister="fusedet info")
+        raise make_unknown_error("run, checkpoint or config", source, config_names(), lister="fusedet info")
 
 
 def weights_file(path: str | Path, which: str = "best") -> Path:
@@ -57,9 +57,9 @@ def weights_file(path: str | Path, which: str = "best") -> Path:
                 )
             require_source(path)
             known = list_published_weights()
-            if path.name == str(path) and (meant := guess(path.name, known)):
+            if path.name == str(path) and (meant := find_nearest_name(path.name, known)):
                 kind = "run, checkpoint or published weights"
-                raise unknown(kind, path, known, meant=meant, lister="fusedet weights")
+                raise make_unknown_error(kind, path, known, meant=meant, lister="fusedet weights")
         return path
     order = ["best.safetensors", "last.ckpt"] if which == "best" else ["last.ckpt"]
     for name in order:
@@ -68,7 +68,7 @@ def weights_file(path: str | Path, which: str = "best") -> Path:
     raise InputError(f"{path} holds no checkpoint: {' or '.join(order)} is missing, nothing was trained there yet")
 
 
-def stored_config(file: Path, trust: bool = False) -> Config:
+def read_stored_config(file: Path, trust: bool = False) -> Config:
     """Return the config in a checkpoint.
 
     Raises:
@@ -77,7 +77,7 @@ def stored_config(file: Path, trust: bool = False) -> Config:
     return _parse_config(checkpoint.load_weights(file)[1], file, trust)
 
 
-def rebuild(file: Path, trust: bool = False) -> tuple[DetectorModule, Config, list[str], list[int]]:
+def rebuild_detector(file: Path, trust: bool = False) -> tuple[DetectorModule, Config, list[str], list[int]]:
     """Return the detector of a checkpoint, its config, class names and category ids, from that one file.
 
     A model that is larger than the weights is refused before memory is allocated for it.
@@ -90,7 +90,7 @@ def rebuild(file: Path, trust: bool = False) -> tuple[DetectorModule, Config, li
         InputError: The file is no checkpoint, names such a class, or its weights do not fit the config's model.
     """
     state, meta = checkpoint.load_weights(file)
-    config, names = _parse_config(meta, file, trust), class_names(meta, file)
+    config, names = _parse_config(meta, file, trust), parse_class_names(meta, file)
     config = disable_pretrained(config)  # the weights come from the checkpoint
     ids = _list(meta["category_ids"], int, f"{file}: its category_ids")
     if len(ids) != len(names):
@@ -98,7 +98,7 @@ def rebuild(file: Path, trust: bool = False) -> tuple[DetectorModule, Config, li
             f"{file} is not a fusedet checkpoint: it has {len(names)} names of classes and {len(ids)} category ids"
         )
     with uninitialized():
-        with at_most(len(state), file), _naming_file(file):
+        with limit_model_size(len(state), file), _naming_file(file):
             checkpoint.refuse_misfit(build_meta_detector(config, len(names)), state, file)
         detector = build_detector(config, len(names))
     checkpoint.load_into(detector, state, file)
@@ -126,7 +126,7 @@ def _naming_file(file: Path) -> Iterator[None]:
         raise InputError(f"{file} does not fit this version of fusedet, or its config was edited: {error}") from error
 
 
-def with_weights(config: Config, classes: int, file: Path) -> DetectorModule:
+def build_with_weights(config: Config, classes: int, file: Path) -> DetectorModule:
     """Build the config's detector with a checkpoint's weights; the config stored in the file is ignored.
 
     Raises:
@@ -164,7 +164,7 @@ def build_untrained(source: str | Path, texts: Sequence[str]) -> tuple[DetectorM
     return detector, config, names
 
 
-def class_names(meta: Mapping[str, str], file: Path | str) -> list[str]:
+def parse_class_names(meta: Mapping[str, str], file: Path | str) -> list[str]:
     """Return the class names in a checkpoint's metadata.
 
     Raises:
@@ -184,7 +184,7 @@ def _list(text: str, kind: type, what: str) -> list[Any]:
 
 
 @contextmanager
-def at_most(weights: int, file: Path) -> Iterator[None]:
+def limit_model_size(weights: int, file: Path) -> Iterator[None]:
     """Refuse, inside the block, a model with many more parameters than the file has weights (`convs: 1000000000`)."""
     parameters, count = 10 * weights + 1000, 0
 
@@ -198,14 +198,14 @@ def at_most(weights: int, file: Path) -> Iterator[None]:
 
     handle = register_module_parameter_registration_hook(add)
     try:
-        with countable(file):
+        with refuse_overflow(file):
             yield
     finally:
         handle.remove()
 
 
 @contextmanager
-def countable(source: Path | str) -> Iterator[None]:
+def refuse_overflow(source: Path | str) -> Iterator[None]:
     """Raise InputError, inside the block, for a model whose sizes exceed 64 bits."""
     try:
         yield

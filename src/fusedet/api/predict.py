@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fusedet.api import exported
 from fusedet.api.detection import AnyDetector, build_tta_transforms, check_tile_size, detect_images, get_strides
-from fusedet.api.load_model import rebuild, weights_file
+from fusedet.api.load_model import rebuild_detector, weights_file
 from fusedet.api.prediction import Prediction as Prediction
 from fusedet.api.settings import Sections, refuse_other_keys, resolve_config, to_overrides
 from fusedet.api.video_stream import predict_frames
@@ -41,7 +41,7 @@ class Predictor:
     """A trained detector that takes images; `fusedet.load` returns it.
 
     Args:
-        detector: Ready for inference: in eval mode, with its thresholds (`tuned`), or exported.
+        detector: Ready for inference: in eval mode, with its thresholds (`prepare_detector`), or exported.
         config: The config of the run.
         names: Class names of the training data.
         category_ids: Category ids of the training data.
@@ -266,10 +266,10 @@ def load(
             raise InputError(f"precision={precision}: an exported model has its own precision, leave it out")
         return Predictor(model.detector, resolve_config(model.config, texts), *model[2:])
     file = weights_file(path, which)
-    detector, config, names, category_ids = rebuild(file, trust)
+    detector, config, names, category_ids = rebuild_detector(file, trust)
     texts = refuse_other_keys(to_overrides(overrides, settings), *SETTABLE)
     config = resolve_config(config, texts)
-    ready = tuned(detector.to(pick_device(device)), config, precision, names)
+    ready = prepare_detector(detector.to(pick_device(device)), config, precision, names)
     return Predictor(ready, config, names, category_ids, file)
 
 
@@ -294,7 +294,9 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def tuned(detector: DetectorT, config: Config, precision: Precision = "fp32", names: Sequence[str] = ()) -> DetectorT:
+def prepare_detector(
+    detector: DetectorT, config: Config, precision: Precision = "fp32", names: Sequence[str] = ()
+) -> DetectorT:
     """Return the detector prepared for inference, with the thresholds of `config.test`, which may name classes.
 
     An exported model stays as it is: its thresholds are part of the file.

@@ -18,12 +18,12 @@ from fusedet.api.predict import Precision, load
 from fusedet.api.predict_videos import VideoCounts, VideoOptions, predict_videos
 from fusedet.api.prediction_exports import Exports, parse_formats
 from fusedet.api.progress import progress_bar
-from fusedet.api.results import CommandResult, lines, list_files, names_of
+from fusedet.api.results import CommandResult, format_paths, group_lines, list_files
 from fusedet.api.settings import Settings, refuse_other_keys, split_overrides, to_overrides
 from fusedet.api.video_stream import import_tracker
 from fusedet.data.video_parts import Part, is_stream
 from fusedet.data.videos import import_av
-from fusedet.errors import InputError, one_of, plural
+from fusedet.errors import InputError, format_count, require_choice
 from fusedet.exporters import find_export
 from fusedet.process_ranks import get_ranks
 
@@ -58,24 +58,26 @@ class PredictionSummary(CommandResult):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the counts, the files and the notes."""
-        return self.counts | {"files": names_of(self.files), "left_out": self.left_out, "notes": list(self.notes)}
+        return self.counts | {"files": format_paths(self.files), "left_out": self.left_out, "notes": list(self.notes)}
 
     def __rich__(self) -> RenderableType:
         if left := self.counts["left"]:
-            return lines(
-                [f"process {self.rank} is done, other processes still have to predict {plural(left, 'image')}"]
+            return group_lines(
+                [f"process {self.rank} is done, other processes still have to predict {format_count(left, 'image')}"]
             )
-        counts, detections = self.counts, plural(self.counts["detections"], "detection")
-        frames = f"{plural(counts['frames'], 'frame')} of {plural(counts['videos'], 'video')}"
-        seen = [plural(counts["images"], "image")] * bool(counts["images"] or not counts["videos"])
+        counts, detections = self.counts, format_count(self.counts["detections"], "detection")
+        frames = f"{format_count(counts['frames'], 'frame')} of {format_count(counts['videos'], 'video')}"
+        seen = [format_count(counts["images"], "image")] * bool(counts["images"] or not counts["videos"])
         seen += [frames] * bool(counts["videos"])
         of_score = f"{counts['shown']} of them with a score of {self.score:g} or more"
         text = [f"{' and '.join(seen)}, {detections}, {of_score}", *self.notes]
         if skipped := self.counts["skipped"] - self.skipped_videos:
-            text.append(f'{plural(skipped, "image")} could not be read, listed under "skipped" in what was written')
+            text.append(
+                f'{format_count(skipped, "image")} could not be read, listed under "skipped" in what was written'
+            )
         if left_out := describe_left_out(self.left_out):
             text.append(left_out)
-        return Group(lines(text), list_files(self.files))
+        return Group(group_lines(text), list_files(self.files))
 
 
 def predict(
@@ -134,8 +136,8 @@ def predict(
     formats = parse_formats([save] if isinstance(save, str) else save)
     if not 0 <= score <= 1:
         raise InputError(f"score={score} must be 0 to 1")
-    one_of("precision", precision, Precision)
-    one_of("value of --on-bad-image", on_bad_image, OnBadImage)
+    require_choice("precision", precision, Precision)
+    require_choice("value of --on-bad-image", on_bad_image, OnBadImage)
     texts = refuse_other_keys(to_overrides(overrides, settings), *SETTABLE)
     options, of_model = split_overrides(texts, *SETTABLE_OF_FILES)
     rank, world, _ = get_ranks()

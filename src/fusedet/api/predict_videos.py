@@ -18,7 +18,7 @@ from fusedet.api.video_stream import predict_frames
 from fusedet.data.video_parts import Part, is_stream
 from fusedet.data.video_writing import VideoWriter
 from fusedet.data.videos import Video
-from fusedet.errors import InputError, StorageError, plural
+from fusedet.errors import InputError, StorageError, format_count
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def predict_videos(
             raise
         except InputError as error:
             done = counts.frames - before
-            kept = f"; {plural(done, 'frame')} before it are in {folder / name}.jsonl" if done else ""
+            kept = f"; {format_count(done, 'frame')} before it are in {folder / name}.jsonl" if done else ""
             if not done:
                 run_dir.remove_files(folder, f"{name}.jsonl")
             if options.bad == "error":

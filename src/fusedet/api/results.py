@@ -55,23 +55,23 @@ class RunResult(CommandResult):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the metrics, the directory and the files."""
-        return self.metrics | {"out": str(self.out), "files": names_of(self.files)}
+        return self.metrics | {"out": str(self.out), "files": format_paths(self.files)}
 
     def __rich__(self) -> RenderableType:
         scored = [tables.metrics_table(self.metrics, self.title)] if "AP" in self.metrics else []
         return Group(*scored, list_files(self.files))
 
 
-def names_of(files: Mapping[str, Path]) -> dict[str, str]:
+def format_paths(files: Mapping[str, Path]) -> dict[str, str]:
     """Return the files by what they show, as text."""
     return {name: str(path) for name, path in files.items()}
 
 
 def list_files(files: Mapping[str, Path]) -> Group:
     """Return a line per file."""
-    return lines(f"{name}: {path}" for name, path in files.items())
+    return group_lines(f"{name}: {path}" for name, path in files.items())
 
 
-def lines(texts: Any) -> Group:
+def group_lines(texts: Any) -> Group:
     """Return texts as lines that are not broken and hold no markup."""
     return Group(*(Text(text, no_wrap=True, overflow="ignore") for text in texts))

@@ -16,7 +16,7 @@ from typing import Any, TypedDict
 
 from fusedet import config
 from fusedet.api import run_dir
-from fusedet.api.load_model import stored_config, weights_file
+from fusedet.api.load_model import read_stored_config, weights_file
 from fusedet.config import Config
 from fusedet.errors import InputError
 from fusedet.interop.published_weights import is_published_name, require_source
@@ -96,7 +96,7 @@ def _load_named(source: str | Path, overrides: Sequence[str]) -> Config:
         if str(source) not in config.names() and not os.path.exists(source):
             require_source(source)
         return config.load(source, overrides)
-    stored = stored_config(weights_file(source))
+    stored = read_stored_config(weights_file(source))
     has_schedule = "schedule" in config.apply_overrides({}, overrides).get("train", {})
     start = [f"train.weights={source}", *([] if has_schedule else ["train.schedule=finetune"])]
     return config.parse(config.apply_overrides(stored.tree(), [*start, *overrides]))

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fusedet.data.validation import DatasetReport
-from fusedet.errors import plural
+from fusedet.errors import format_count
 from fusedet.evaluation.formatting import format_difference, format_interval, format_number
 
 MOST_ERRORS = 20
@@ -112,7 +112,7 @@ def published_weights_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType
         cached = "yes" if row["is_cached"] else ""
         table.add_row(*texts, *precision, f"{row['megabytes']:.0f}", row["license"], cached)
     note = "AP in percent, as the weights' source publishes it for the dataset; license of the project that publishes."
-    return Group(table, Text(f"{plural(len(rows), 'name')}. {note}"))
+    return Group(table, Text(f"{format_count(len(rows), 'name')}. {note}"))
 
 
 def latency_table(rows: Sequence[Mapping[str, Any]], title: str) -> RenderableType:
@@ -147,8 +147,8 @@ def dataset_table(split: str, report: DatasetReport) -> RenderableType:
 
 def _content(split: str, statistics: Mapping[str, Any]) -> str:
     sizes, smallest = statistics["sizes"], statistics.get("smallest")
-    images = plural(statistics["images"], "image")
-    annotations = plural(statistics["annotations"], "annotation")
+    images = format_count(statistics["images"], "image")
+    annotations = format_count(statistics["annotations"], "annotation")
     text = (
         f"[bold]{escape(split)}[/]: {images} ({statistics['empty_images']} without annotations), {annotations}\n"
         f"  {sizes['small']} small (under 32x32), {sizes['medium']} medium, {sizes['large']} large (96x96 and more); "

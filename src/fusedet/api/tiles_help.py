@@ -13,9 +13,9 @@ from rich.console import Console, Group, RenderableType
 from fusedet import evaluation
 from fusedet.api import run_dir, tables
 from fusedet.api.detection import AnyDetector, check_tile_size, get_strides
-from fusedet.api.predict import pick_device, tuned
+from fusedet.api.predict import pick_device, prepare_detector
 from fusedet.api.progress import track
-from fusedet.api.results import CommandResult, lines, list_files, names_of
+from fusedet.api.results import CommandResult, format_paths, group_lines, list_files
 from fusedet.api.settings import Settings, to_overrides
 from fusedet.api.validate import build_val_loader, detect, require_class_names
 from fusedet.api.validate_run import open_model
@@ -26,7 +26,7 @@ from fusedet.data.dataset import DetectionDataset
 from fusedet.data.splits import read_split
 from fusedet.data.tiling import count_windows
 from fusedet.data.usable_targets import require_usable_targets
-from fusedet.errors import InputError, at_least
+from fusedet.errors import InputError, require_at_least
 from fusedet.evaluation.confidence_intervals import LEVEL
 from fusedet.evaluation.formatting import describe_interval, format_difference
 from fusedet.evaluation.results import Result
@@ -51,11 +51,11 @@ class TilesHelp(CommandResult):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report, the directory and the files."""
-        return self.report | {"out": str(self.out), "files": names_of(self.files)}
+        return self.report | {"out": str(self.out), "files": format_paths(self.files)}
 
     def __rich__(self) -> RenderableType:
         table = tables.tiles_table(self.report)
-        return Group(table, lines([self.report["conclusion"]]), list_files(self.files))
+        return Group(table, group_lines([self.report["conclusion"]]), list_files(self.files))
 
 
 def measure_tiles(
@@ -87,8 +87,8 @@ def measure_tiles(
         InputError: As `validate`; or no image is longer than a tile, or there are several processes.
         StorageError: A file cannot be written.
     """
-    at_least(40, resamples=resamples)
-    at_least(0, bootstrap_seed=bootstrap_seed)
+    require_at_least(40, resamples=resamples)
+    require_at_least(0, bootstrap_seed=bootstrap_seed)
     if get_ranks()[1] > 1:
         raise InputError(
             "--tiles-help measures the time per image, so it runs in one process: start it without torchrun"
@@ -115,7 +115,7 @@ def measure_tiles(
             f"{longest} pixels, take smaller tiles"
         )
     device = pick_device(options.device)
-    ready = tuned(detector.to(device), options, names=names)
+    ready = prepare_detector(detector.to(device), options, names=names)
     sides = [options.replace(test=options.test.replace(tiles=own)) for own in (PredictionTiles(), tiles)]
     results, seconds = zip(*(_detect(ready, side, dataset, device, progress) for side in sides))
     metrics = dict(
@@ -136,7 +136,7 @@ def measure_tiles(
         "level": LEVEL,
         "metrics": metrics,
         "classes": classes,
-        "conclusion": conclude(metrics, seconds[1] / seconds[0], len(dataset)),
+        "conclusion": conclude_tiles(metrics, seconds[1] / seconds[0], len(dataset)),
     }
     out = run_dir.create_run_dir(options.out or run_dir.find_free_path(run_dir.parent_of(source), "val-tiles"))
     files = {
@@ -152,7 +152,7 @@ def measure_tiles(
     return TilesHelp(report, out, files)
 
 
-def conclude(metrics: Mapping[str, Mapping[str, float]], slower: float, images: int) -> str:
+def conclude_tiles(metrics: Mapping[str, Mapping[str, float]], slower: float, images: int) -> str:
     """Return whether tiles help, as sentences.
 
     Args:

@@ -12,7 +12,7 @@ from lightning_fabric import Fabric
 from fusedet import evaluation, visualization
 from fusedet.api.choose_batch import choose_batch
 from fusedet.api.distributed import process_group, run_on_first
-from fusedet.api.load_model import weights_file, with_weights
+from fusedet.api.load_model import build_with_weights, weights_file
 from fusedet.api.progress import say_nothing
 from fusedet.api.results import RunResult
 from fusedet.api.run_dir import (
@@ -50,10 +50,10 @@ from fusedet.data.loader import TrainLoader, build_train_loader
 from fusedet.data.splits import NO_DATA
 from fusedet.data.validation import require_usable_images
 from fusedet.engine import logging, optim, rng, trainer
-from fusedet.engine.determinism import deterministic
+from fusedet.engine.determinism import enable_determinism
 from fusedet.engine.train_state import TABLES, TrainingRun
 from fusedet.engine.validation_loss import ValidationLoss
-from fusedet.errors import DivergenceError, InputError, plural
+from fusedet.errors import DivergenceError, InputError, format_count
 from fusedet.interop.published_weights import find_published_weights, is_published_name
 from fusedet.models.detectors import DetectorModule
 from fusedet.process_ranks import get_ranks
@@ -100,7 +100,7 @@ def train(
         if not os.path.exists(path):
             raise InputError(f"{path} does not exist: data must be a folder, a COCO json or a YOLO yaml")
     options = training_config(config, overrides, settings, resume, trust)
-    with deterministic(options.train.deterministic):
+    with enable_determinism(options.train.deterministic):
         out, is_begun = _check_config(options, resume)
         with process_group(options) as fabric:
             is_first = fabric.is_global_zero
@@ -211,7 +211,7 @@ def _fit(
         )
         if (steps := settings.epochs * run.steps_per_epoch) < settings.warmup_steps and not resume:
             say(
-                f"train.warmup_steps={settings.warmup_steps}, but the training has {plural(steps, 'step')}: the "
+                f"train.warmup_steps={settings.warmup_steps}, but the training has {format_count(steps, 'step')}: the "
                 f"learning rate only rises and stays below {lr:g}; set fewer, or more train.epochs"
             )
         if fabric.is_global_zero and not (is_begun and (out / "run.json").is_file()):
@@ -222,7 +222,7 @@ def _fit(
         bad_image_log.begin(done["epoch"], 0)  # else the earlier epochs would be unknown where none was left to train
         record_replaced_images(bad_image_log, out, say)
     fabric.barrier()
-    best = with_weights(config, len(val.names), weights_file(out)).to(fabric.device).eval()
+    best = build_with_weights(config, len(val.names), weights_file(out)).to(fabric.device).eval()
     return val, evaluate_detector(best, config, val, fabric.device, rank=fabric.global_rank, world=fabric.world_size)
 
 
@@ -232,9 +232,9 @@ def _say_what_differs(
     """Say where an epoch has other images than the dataset, and where the learning rate is scaled."""
     settings = config.train
     if len(loader.dataset) != len(data):
-        say(f"data.tiles.size={config.data.tiles.size}: an epoch has {plural(len(loader.dataset), 'tile')}")
+        say(f"data.tiles.size={config.data.tiles.size}: an epoch has {format_count(len(loader.dataset), 'tile')}")
     if settings.balance is not None:
-        epoch = plural(len(loader) * loader.batch, "image")
+        epoch = format_count(len(loader) * loader.batch, "image")
         say(f"train.balance={settings.balance:g}: an epoch has {epoch}, those of rare classes several times")
     if lr != settings.lr:
         say(f"learning rate {settings.lr:g} is for a batch of {settings.base_batch}: {lr:g} for {settings.total_batch}")

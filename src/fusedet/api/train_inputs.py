@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fusedet.api.detection import check_tile_size, get_strides
-from fusedet.api.load_model import class_names, weights_file
+from fusedet.api.load_model import parse_class_names, weights_file
 from fusedet.api.settings import is_run_dir, resolve_config
 from fusedet.api.starting_weights import adapt_class_rows, describe_matches, match_class_names
 from fusedet.api.validate import BOX_METRICS, MASK_METRICS, check_masks, has_mask_branch
@@ -24,7 +24,7 @@ from fusedet.data.splits import read_split
 from fusedet.data.tiling import tile_dataset
 from fusedet.data.transforms import TrainTransform
 from fusedet.engine import checkpoint
-from fusedet.errors import InputError, plural, shorten_list, unknown
+from fusedet.errors import InputError, format_count, make_unknown_error, shorten_list
 from fusedet.models.backbones import TimmBackbone
 from fusedet.models.detectors import (
     DetectorModule,
@@ -54,9 +54,9 @@ def open_data(config: Config, say: Callable[[str], None]) -> tuple[DetectionData
             findings.append(crowded)
         background = int((dataset.offsets.diff() == 0).sum())
         counts = (
-            f"{plural(len(dataset), 'image')} ({background} without objects)",
-            plural(len(dataset.labels), "object"),
-            plural(len(dataset.names), "class"),
+            f"{format_count(len(dataset), 'image')} ({background} without objects)",
+            format_count(len(dataset.labels), "object"),
+            format_count(len(dataset.names), "class"),
         )
         say(f"{split}: {', '.join(counts)} from {dataset.source}")
         for text, count in dataset.problems.items():
@@ -100,7 +100,7 @@ def make_detector(
     if config.train.weights:
         file = weights_file(config.train.weights)
         state, meta = checkpoint.load_weights(file)
-        names = class_names(meta, file) if "names" in meta else list(dataset.names)
+        names = parse_class_names(meta, file) if "names" in meta else list(dataset.names)
         if names != list(dataset.names):
             matches = match_class_names(dataset.names, names)
             state, keys = adapt_class_rows(state, detector.state_dict(), config, len(names), matches)
@@ -149,7 +149,7 @@ def check_monitor(config: Config) -> None:
     if (limit := config.test.max_det) > 100:
         known += tuple(f"{kind}{name}@{limit}" for kind in ("", "mask_") for name in ("AP", "AP50", "AP75", "AR"))
     if config.train.monitor not in known:
-        raise unknown("value", config.train.monitor, known, of="train.monitor")
+        raise make_unknown_error("value", config.train.monitor, known, of="train.monitor")
 
 
 def learns_masks(config: Config, detector: DetectorModule, data: DetectionDataset, val: DetectionDataset) -> bool:

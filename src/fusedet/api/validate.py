@@ -19,7 +19,7 @@ from fusedet.collectives import gather_objects
 from fusedet.config import Config
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.loader import EvalLoader, build_eval_loader
-from fusedet.errors import InputError, plural, shorten_list
+from fusedet.errors import InputError, format_count, shorten_list
 from fusedet.evaluation.results import Result
 from fusedet.exporters import ExportedDetector
 from fusedet.models.detectors import selection_options
@@ -307,6 +307,8 @@ def require_class_names(dataset: DetectionDataset, names: Iterable[str], source:
     names = tuple(names)
     if names != dataset.names:
         raise InputError(
-            f"{source} knows the {plural(len(names), 'class')} {shorten_list(names)}, but {dataset.source} has the "
-            f"{plural(len(dataset.names), 'class')} {shorten_list(dataset.names)}: use data with the same class names"
+            f"{source} knows the {format_count(len(names), 'class')} {shorten_list(names)}, but {dataset.source} has "
+            "the "
+            f"{format_count(len(dataset.names), 'class')} {shorten_list(dataset.names)}: use data with the same class "
+            "names"
         )

@@ -10,8 +10,8 @@ from fusedet import evaluation
 from fusedet.api import coco_submission, exported, run_dir
 from fusedet.api.detection import AnyDetector
 from fusedet.api.distributed import join_processes
-from fusedet.api.load_model import rebuild, weights_file
-from fusedet.api.predict import tuned
+from fusedet.api.load_model import rebuild_detector, weights_file
+from fusedet.api.predict import prepare_detector
 from fusedet.api.progress import say_nothing
 from fusedet.api.results import RunResult
 from fusedet.api.run_report import write_run_page
@@ -22,7 +22,7 @@ from fusedet.data.dataset import DetectionDataset
 from fusedet.data.split_checks import describe_crowded_images
 from fusedet.data.splits import read_split
 from fusedet.data.usable_targets import require_usable_targets
-from fusedet.errors import InputError, unknown
+from fusedet.errors import InputError, make_unknown_error
 from fusedet.process_ranks import get_ranks
 
 SETTABLE = ("data", "test", "device", "out")
@@ -67,7 +67,7 @@ def validate(
         InputError: The source, the split or the data do not exist or do not fit together.
     """
     if evaluator not in evaluation.EVALUATORS:
-        raise unknown("evaluator", evaluator, evaluation.EVALUATORS)
+        raise make_unknown_error("evaluator", evaluator, evaluation.EVALUATORS)
     texts, path = to_overrides(overrides, settings), Path(source)
     is_results = path.suffix == ".json"
     if is_results:
@@ -100,7 +100,7 @@ def validate(
     else:
         require_class_names(dataset, names, str(file))
         with join_processes(options.device) as (rank, world, device):
-            ready = tuned(detector.to(device), options, names=names)
+            ready = prepare_detector(detector.to(device), options, names=names)
             evaluated = evaluate_detector(
                 ready, options, dataset, device, rank=rank, world=world, voc=voc, evaluator=evaluator, progress=progress
             )
@@ -150,7 +150,7 @@ def open_model(source: str | Path, texts: list[str], trust: bool) -> OpenedModel
     if (model := exported.load_exported(source, trust)) is None:
         refuse_other_keys(texts, *SETTABLE)
         file = weights_file(source)
-        detector, saved, names, _ = rebuild(file, trust)
+        detector, saved, names, _ = rebuild_detector(file, trust)
         return OpenedModel(detector, saved, resolve_config(saved.replace(out=None), texts), names, file)
     refuse_other_keys(texts, *exported.SETTABLE, of="an exported model")
     options = resolve_config(model.config.replace(out=None), texts)

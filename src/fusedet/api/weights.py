@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from fusedet.api.results import CommandResult, lines
+from fusedet.api.results import CommandResult, group_lines
 from fusedet.api.tables import published_weights_table
 from fusedet.api.weights_cache import cached_checkpoint, fetch_weights, find_address, place_by_hand
 from fusedet.errors import InputError
@@ -69,8 +69,8 @@ class WeightsLocation(CommandResult):
 
     def __rich__(self) -> RenderableType:
         if self.is_cached:
-            return lines([str(self.file)])
-        return lines(
+            return group_lines([str(self.file)])
+        return group_lines(
             [
                 f"{self.file} (not fetched yet)",
                 f"it is fetched from {self.address}",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 from fusedet.api.settings import Settings, to_overrides
-from fusedet.errors import InputError, at_least
+from fusedet.errors import InputError, require_at_least
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -59,8 +59,8 @@ def create_app(
         InputError: A package of the extra `app` is missing, a host is none, or a model cannot be loaded.
     """
     _require_packages()
-    at_least(1, max_size_mb=max_size_mb)
-    at_least(0, queue=queue)
+    require_at_least(1, max_size_mb=max_size_mb)
+    require_at_least(0, queue=queue)
     hosts = {_parse_host(host) for host in (*LOCAL_HOSTS, *allowed_hosts)}
     from fusedet.app.examples import Examples
     from fusedet.app.served_model import load_models

@@ -12,7 +12,7 @@ from fusedet.api.cam import compute_maps
 from fusedet.api.cam_figures import UNITS, order_rows, sum_levels
 from fusedet.api.predict import Predictor
 from fusedet.app.replies import HeatMap, HeatMapReply, HeatMapRow
-from fusedet.errors import InputError, unknown
+from fusedet.errors import InputError, make_unknown_error
 from fusedet.visualization.heat_maps import COLORS
 
 
@@ -31,10 +31,10 @@ def draw_heat_maps(predictor: Predictor, image: Tensor, class_name: str, kind: s
         InputError: The class or the kind is unknown, or the detector has no map.
     """
     if class_name not in predictor.names:
-        raise unknown("class", class_name, predictor.names)
+        raise make_unknown_error("class", class_name, predictor.names)
     heat = compute_maps(predictor, image, class_name).heat
     if kind not in heat:
-        raise unknown("kind of heat map", kind, heat)
+        raise make_unknown_error("kind of heat map", kind, heat)
     rows = {row.key: row for row in heat[kind]}
     layers = {
         key: {"all levels": sum_levels(rows[key])}

@@ -6,7 +6,7 @@ from pydantic import BaseModel, Field
 
 from fusedet.api.predict import Prediction
 from fusedet.app.served_model import ServedModel
-from fusedet.errors import plural
+from fusedet.errors import format_count
 from fusedet.visualization import colors
 
 
@@ -186,4 +186,4 @@ def _to_hex(color: colors.Color) -> str:
 
 def summarize_models(models: dict[str, ServedModel]) -> str:
     """Return the models and their numbers of classes in words."""
-    return ", ".join(f"{name} ({plural(len(model.predictor.names), 'class')})" for name, model in models.items())
+    return ", ".join(f"{name} ({format_count(len(model.predictor.names), 'class')})" for name, model in models.items())

@@ -12,7 +12,7 @@ from fusedet.api.run_dir import choose_unused_name
 from fusedet.api.settings import refuse_other_keys, split_overrides
 from fusedet.config.schema import PredictionTiles
 from fusedet.data.tiling import list_windows
-from fusedet.errors import InputError, unknown
+from fusedet.errors import InputError, make_unknown_error
 from fusedet.exporters import ExportedDetector, find_export
 from fusedet.interop.published_weights import is_published_name
 
@@ -115,7 +115,7 @@ def choose_model(models: Mapping[str, ServedModel], name: str | None) -> ServedM
     if name is None:
         return next(iter(models.values()))
     if name not in models:
-        raise unknown("model", name, models)
+        raise make_unknown_error("model", name, models)
     return models[name]
 
 

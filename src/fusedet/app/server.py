@@ -21,7 +21,7 @@ from fusedet.app.request_guard import RequestGuard, describe_size_limit
 from fusedet.app.served_model import ServedModel, choose_model
 from fusedet.config.schema import PredictionTiles
 from fusedet.config.section import get_limits
-from fusedet.errors import InputError, unknown
+from fusedet.errors import InputError, make_unknown_error
 from fusedet.visualization.annotators import to_pil_image
 
 STATIC = Path(__file__).parent / "static"
@@ -61,7 +61,7 @@ def _refuse_unknown_parameters(request: Request) -> None:
     known = [field.alias for field in request.scope["route"].dependant.query_params]
     for name in request.query_params:
         if name not in known:
-            raise unknown("parameter", name, known)
+            raise make_unknown_error("parameter", name, known)
 
 
 router = APIRouter()

@@ -5,7 +5,7 @@ from typing import ClassVar, Self
 from pydantic import Field, model_validator
 
 from fusedet.config.fields import FloatPair, Pair, Texts, need
-from fusedet.config.section import Section, plain
+from fusedet.config.section import Section, to_builtins
 from fusedet.errors import InputError
 
 
@@ -106,7 +106,8 @@ class Data(Section):
         first, second = getattr(self, name), getattr(self, excluded)
         if first and second:
             raise InputError(
-                f"data.{name}={plain(first)} and data.{excluded}={plain(second)} exclude each other, because {reason}: "
+                f"data.{name}={to_builtins(first)} and data.{excluded}={to_builtins(second)} exclude each other, "
+                f"because {reason}: "
                 f"leave out one of them"
             )
 

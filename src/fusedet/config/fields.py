@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import WithJsonSchema
 
-from fusedet.config.section import Section, plain
+from fusedet.config.section import Section, to_builtins
 from fusedet.config.validation import accept_sequences
 from fusedet.errors import InputError
 
@@ -21,4 +21,4 @@ Part = Annotated[Any, WithJsonSchema({"type": ["string", "object", "array", "nul
 def need(condition: bool, section: Section, name: str, right: str) -> None:
     """Raise InputError for a setting unless a condition on it holds; the sentence says what would be right."""
     if not condition:
-        raise InputError(f"{section.key}.{name}={plain(getattr(section, name))} must be {right}")
+        raise InputError(f"{section.key}.{name}={to_builtins(getattr(section, name))} must be {right}")

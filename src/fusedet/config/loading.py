@@ -8,9 +8,9 @@ from textwrap import indent
 from typing import Any
 
 from fusedet.config.schema import Config, parse
-from fusedet.config.section import paths, plain
+from fusedet.config.section import iterate_settings, to_builtins
 from fusedet.config.yaml_text import parse_yaml, read_yaml, refuse_foreign_classes
-from fusedet.errors import InputError, nearest, unknown
+from fusedet.errors import InputError, describe_known_names, make_unknown_error
 
 _SHIPPED = files("fusedet") / "configs"
 _LISTER = "fusedet info"
@@ -56,7 +56,7 @@ def load(
     if not trust:
         refuse_foreign_classes(tree, name)
     for section, values in (sections or {}).items():
-        tree = _merge(tree, {section: plain(values)}, f"{section}=")
+        tree = _merge(tree, {section: to_builtins(values)}, f"{section}=")
     return parse(apply_overrides(tree, overrides))
 
 
@@ -100,7 +100,7 @@ def find_file(name: str | Path, package: str, kind: str, folder: Any = None) -> 
         if not _exists(path):
             what, known = "table" if package == "ablations" else "config", names(package)
             some = (
-                f"a name: known are {nearest(path.stem, known, _LISTER)}"
+                f"a name: known are {describe_known_names(path.stem, known, _LISTER)}"
                 if package == "models"
                 else f"one of {', '.join(known)}"
             )
@@ -108,7 +108,7 @@ def find_file(name: str | Path, package: str, kind: str, folder: Any = None) -> 
         return path
     shipped = _SHIPPED / package / f"{name}.yaml"
     if not _exists(shipped):
-        raise unknown(kind, name, names(package), lister=_LISTER)
+        raise make_unknown_error(kind, name, names(package), lister=_LISTER)
     return shipped
 
 
@@ -213,7 +213,7 @@ def _parse(text: str) -> tuple[str, Any]:
 @cache
 def _takes_text(key: str) -> bool:
     """Return whether a setting is a text, which is taken as it stands: a path 007 is no number."""
-    return any(path == key and field.annotation in (str, str | None) for path, field in paths())
+    return any(path == key and field.annotation in (str, str | None) for path, field in iterate_settings())
 
 
 def _set(tree: dict[str, Any], key: str, value: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from fusedet.config.data_settings import Data, Tiles
 from fusedet.config.fields import Floats, Integers, Loggers, Part, need
 from fusedet.config.interval import parse_interval
-from fusedet.config.section import Section, plain, text_keys
+from fusedet.config.section import Section, text_keys, to_builtins
 from fusedet.errors import InputError
 
 
@@ -238,7 +238,7 @@ class Config(Section):
 
     def tree(self) -> dict[str, Any]:
         """Return the config as nested dicts and lists."""
-        return dict(plain(self.model_dump()))
+        return dict(to_builtins(self.model_dump()))
 
 
 def parse(tree: Any) -> Config:

@@ -7,8 +7,8 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from fusedet.config.validation import deepest, refuse_huge_integers, to_input_error
-from fusedet.errors import InputError, unknown
+from fusedet.config.validation import find_deepest_error, refuse_huge_integers, to_input_error
+from fusedet.errors import InputError, make_unknown_error
 
 
 class Declaration(BaseModel):
@@ -48,11 +48,11 @@ class Declaration(BaseModel):
 
     @classmethod
     def _unknown_key(cls, name: str) -> InputError:
-        return unknown("key", name, cls.model_fields)
+        return make_unknown_error("key", name, cls.model_fields)
 
     @classmethod
     def _input_error(cls, error: ValidationError, values: dict[str, Any]) -> InputError:
-        mistake = deepest(error, values)
+        mistake = find_deepest_error(error, values)
         name, *rest = mistake["loc"] or [""]
         if name not in cls.model_fields:
             return to_input_error(mistake, (), values, cls, cls.key)
@@ -74,7 +74,7 @@ class Section(Declaration):
     @classmethod
     def _unknown_key(cls, name: str) -> InputError:
         key = _join(cls.key, name)
-        return unknown("config key", key, [_join(cls.key, n) for n in cls.model_fields], meant=_meant(key))
+        return make_unknown_error("config key", key, [_join(cls.key, n) for n in cls.model_fields], meant=_meant(key))
 
 
 _RANGE_ERRORS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"}
@@ -94,7 +94,7 @@ def text_keys(values: Any) -> Any:
     return {str(name): value for name, value in values.items()} if isinstance(values, Mapping) else values
 
 
-def paths() -> Iterator[tuple[str, FieldInfo]]:
+def iterate_settings() -> Iterator[tuple[str, FieldInfo]]:
     """List the settings of all sections by their keys, and the sections among them."""
     for section in _sections(Section):
         for name, field in section.model_fields.items():
@@ -122,18 +122,18 @@ def describe_range(field: FieldInfo) -> str:
     return " and ".join(text.format(limits[name]) for name, text in templates.items() if name in limits)
 
 
-def plain(value: Any) -> Any:
+def to_builtins(value: Any) -> Any:
     """Convert mappings and sequences to dicts and lists (YAML has no tuples)."""
     if isinstance(value, Mapping):
-        return {k: plain(v) for k, v in value.items()}
-    return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+        return {k: to_builtins(v) for k, v in value.items()}
+    return [to_builtins(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def _meant(key: str) -> list[str]:
     """List the keys that an unknown one may stand for: those of nearly its last name, best in its own section."""
     section, _, name = key.rpartition(".")
     by_name: dict[str, list[str]] = {}
-    for path, _field in paths():
+    for path, _field in iterate_settings():
         by_name.setdefault(path.rpartition(".")[2], []).append(path)
     candidates = [path for near in get_close_matches(name, by_name, n=1, cutoff=0.8) for path in by_name[near]]
     return [path for path in candidates if path.rpartition(".")[0] == section] or candidates

@@ -7,7 +7,7 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
 from fusedet.config.schema import Config
-from fusedet.config.section import Declaration, describe_range, is_section, plain
+from fusedet.config.section import Declaration, describe_range, is_section, to_builtins
 from fusedet.config.validation import union_members
 
 
@@ -45,7 +45,7 @@ def _settings(section: type[Declaration]) -> Iterator[Setting]:
             nested.append(kind)
             continue
         key = f"{section.key}.{name}" if section.key else name
-        default = "" if field.is_required() else json.dumps(plain(field.get_default(call_default_factory=True)))
+        default = "" if field.is_required() else json.dumps(to_builtins(field.get_default(call_default_factory=True)))
         help_text = field.description or ""
         yield Setting(key, section.key, _describe_type(kind), default, describe_range(field), help_text)
     for kind in nested:

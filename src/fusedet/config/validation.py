@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
-from fusedet.errors import InputError, guess, plural, unknown
+from fusedet.errors import InputError, find_nearest_name, format_count, make_unknown_error
 
 _LARGEST = 2**63 - 1  # what torch and numpy count with
 _STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True)
@@ -31,9 +31,9 @@ def validate_value(value: Any, hint: Any, key: str) -> Any:
     """
     refuse_huge_integers(value, key)
     try:
-        return adapter(hint).validate_python(value)
+        return make_adapter(hint).validate_python(value)
     except ValidationError as error:
-        mistake = deepest(error, value)
+        mistake = find_deepest_error(error, value)
         raise to_input_error(mistake, mistake["loc"], value, hint, key) from None
 
 
@@ -51,7 +51,7 @@ def refuse_huge_integers(value: Any, key: str) -> None:
         refuse_huge_integers(item, f"{key}.{name}" if key else str(name))
 
 
-def deepest(error: ValidationError, value: Any) -> Any:
+def find_deepest_error(error: ValidationError, value: Any) -> Any:
     """Choose the mistake to report: of those of a union's members, that inside an item says most."""
     return max(error.errors(include_url=False), key=lambda mistake: len(_parts(mistake["loc"], value)))
 
@@ -68,9 +68,9 @@ def to_input_error(mistake: Any, loc: Sequence[Any], value: Any, hint: Any, key:
     members = [member for member in union_members(hint) if member is not NoneType]
     hint = members[0] if len(members) == 1 else hint
     if mistake["type"] == "literal_error" and get_origin(hint) is Literal:
-        return unknown("value", mistake["input"], map(str, get_args(hint)), of=key)
+        return make_unknown_error("value", mistake["input"], map(str, get_args(hint)), of=key)
     if mistake["type"] in ("missing", "too_long", "too_short"):
-        return InputError(f"{key} must have {plural(len(get_args(hint)), 'item')}, got {list(mistake['input'])}")
+        return InputError(f"{key} must have {format_count(len(get_args(hint)), 'item')}, got {list(mistake['input'])}")
     return _wrong_type(mistake["input"], hint, key)
 
 
@@ -93,7 +93,7 @@ def union_members(hint: Any) -> tuple[Any, ...]:
 
 
 @cache
-def adapter(hint: Any) -> TypeAdapter:
+def make_adapter(hint: Any) -> TypeAdapter:
     """Return pydantic's validator of the values that `validate_value` takes for a type hint."""
     try:
         return TypeAdapter(_accept_lists(hint), config=_STRICT)
@@ -147,7 +147,7 @@ def _item_hint(hint: Any, part: Any) -> Any:
 def _wrong_type(value: Any, hint: Any, key: str) -> InputError:
     names = [name for member in union_members(hint) if get_origin(member) is Literal for name in get_args(member)]
     if names:
-        near = guess(value, map(str, names))
+        near = find_nearest_name(value, map(str, names))
         meant = f": did you mean {near[0]!r}?" if near else ""
         return InputError(f"{key} must be {type_name(hint).replace(' | ', ' or ')}, got {value!r}{meant}")
     if get_origin(hint) not in _LISTS:

@@ -21,7 +21,7 @@ from fusedet.data.image_opening import (
     open_image,
 )
 from fusedet.data.image_windows import Window
-from fusedet.errors import InputError, plural
+from fusedet.errors import InputError, format_count
 
 _MAGIC = b"\x93NUMPY"
 
@@ -65,7 +65,8 @@ def read_channels(
     values = _load_array(source) if is_array_file(source) else _load_pages(source, value_range, exif)
     if values.shape[2] != channels:
         raise InputError(
-            f"{name} has {plural(values.shape[2], 'channel')}, but data.channels={channels}: set data.channels to what "
+            f"{name} has {format_count(values.shape[2], 'channel')}, but data.channels={channels}: set data.channels "
+            "to what "
             "all images have"
         )
     if window:

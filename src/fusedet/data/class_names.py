@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from fusedet.data.dataset import DetectionDataset
-from fusedet.errors import plural
+from fusedet.errors import format_count
 
 
 def normalize_class_name(name: str) -> str:
@@ -45,7 +45,7 @@ def describe_repeated_names(dataset: DetectionDataset) -> tuple[list[str], list[
     counts = count_per_label(dataset)
     for name in dict.fromkeys(name for name in dataset.names if dataset.names.count(name) > 1):
         own = [k for k, other in enumerate(dataset.names) if other == name]
-        parts = [f"id {dataset.category_ids[k]} with {plural(counts[k], 'annotation')}" for k in own]
+        parts = [f"id {dataset.category_ids[k]} with {format_count(counts[k], 'annotation')}" for k in own]
         sentence = f"{dataset.source}: {len(own)} classes are named '{name}' ({', '.join(parts)})"
         if sum(counts[k] > 0 for k in own) > 1:
             used.append(f"{sentence}: give them different names, or one id")

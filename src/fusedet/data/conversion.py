@@ -17,7 +17,7 @@ from fusedet.data.image_files import (
 )
 from fusedet.data.readers.auto import list_splits
 from fusedet.data.splits import read_split
-from fusedet.errors import InputError, unknown
+from fusedet.errors import InputError, make_unknown_error
 
 _WRITERS: dict[str, Callable[[Path, dict[str, DetectionDataset], dict[str, list[str]]], dict[str, dict[str, int]]]] = {
     "coco": writers.write_coco,
@@ -55,7 +55,7 @@ def convert_dataset(
             a class name.
     """
     if dataset_format not in _WRITERS:
-        raise unknown("dataset format", dataset_format, _WRITERS)
+        raise make_unknown_error("dataset format", dataset_format, _WRITERS)
     target = Path(os.path.abspath(dst))
     if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
         raise InputError(f"{target} exists and is not an empty folder: give a new one, nothing is overwritten")

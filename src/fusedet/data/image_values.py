@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.findings import Finding
 from fusedet.data.image_decoding import ImageValues
-from fusedet.errors import plural
+from fusedet.errors import format_count
 
 _FULL_DEPTH = 2**14  # 16-bit values below this are less than a quarter of the range
 _DARK = 16  # the highest 8-bit value of an image in which hardly anything can be seen
@@ -25,7 +25,7 @@ def describe_values(dataset: DetectionDataset, values: Sequence[ImageValues | No
     def add(images: list[tuple[int, ImageValues]], kind: str, text: str, advice: str) -> None:
         if images:
             path = str(dataset.path(images[0][0]))
-            message = f"{plural(len(images), 'image')} {text}: {advice} (first {path})"
+            message = f"{format_count(len(images), 'image')} {text}: {advice} (first {path})"
             findings.append(Finding("warning", message, kind, len(images), path, advice))
 
     if dataset.value_range is None:

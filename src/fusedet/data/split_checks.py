@@ -9,7 +9,7 @@ from fusedet.data.annotation_cleaning import MARGIN
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.duplicate_images import ImagePrint, find_shared_images
 from fusedet.data.findings import Finding
-from fusedet.errors import plural, shorten_list
+from fusedet.errors import format_count, shorten_list
 
 NO_ANNOTATIONS = "classes without annotations"
 
@@ -97,8 +97,10 @@ def describe_rare_classes(dataset: DetectionDataset) -> Finding | None:
     names = [dataset.names[k] for k in np.flatnonzero(rare)]
     advice = f"train.balance={threshold:g} repeats their images"
     frequent = f"{dataset.names[int(counts.argmax())]} in {int(counts.max())}"
-    fewest = f"{dataset.names[least]} is in {plural(int(used.min()), 'image')}"
-    message = f"{plural(len(names), 'rare class')} ({shorten_list(names, _SHOWN)}): {fewest}, {frequent}; {advice}"
+    fewest = f"{dataset.names[least]} is in {format_count(int(used.min()), 'image')}"
+    message = (
+        f"{format_count(len(names), 'rare class')} ({shorten_list(names, _SHOWN)}): {fewest}, {frequent}; {advice}"
+    )
     return Finding("warning", message, "rare classes", len(names), dataset.source, advice, is_harmless=True)
 
 
@@ -110,7 +112,7 @@ def describe_crowded_images(dataset: DetectionDataset, max_det: int) -> Finding 
     if not is_crowded.any():
         return None
     most, example = int(per_image.max()), str(dataset.path(int(per_image.argmax())))
-    images = plural(int(is_crowded.sum()), "image")
+    images = format_count(int(is_crowded.sum()), "image")
     return Finding(
         "warning",
         f"{images} of {dataset.source} with more than test.max_det={max_det} objects, up to {most} ({example}): the "

@@ -12,7 +12,7 @@ import torch
 from fusedet.config.schema import Data
 from fusedet.data.dataset import DetectionDataset, PackedBytes
 from fusedet.data.readers.auto import read_dataset
-from fusedet.errors import InputError, plural, unknown
+from fusedet.errors import InputError, format_count, make_unknown_error
 
 NO_DATA = "no data: add data=PATH, a folder or file in COCO, VOC or YOLO format"
 """The error of a command that needs a dataset."""
@@ -91,7 +91,7 @@ def hold_out(dataset: DetectionDataset, share: float, seed: int) -> np.ndarray:
     names = [re.sub(r"\.rf\.\w+\.\w+$", "", str(dataset.path(i))) for i in range(len(dataset))]
     unique, copy_of = np.unique(names, return_inverse=True)
     if (count := len(unique)) < 2:
-        raise InputError(f"{dataset.source} has {plural(count, 'image')}: data.val={share:g} needs at least 2")
+        raise InputError(f"{dataset.source} has {format_count(count, 'image')}: data.val={share:g} needs at least 2")
     has_class = np.zeros((count, len(dataset.names)), dtype=bool)
     has_class[copy_of[dataset.image_indices], dataset.labels.numpy()] = True
     order = np.random.default_rng(seed).permutation(count)
@@ -166,7 +166,7 @@ def select_classes(dataset: DetectionDataset, classes: Sequence[str], rename: Ma
         ("data.classes", list(classes), [rename.get(name, name) for name in dataset.names]),
     ):
         if lacking := next((name for name in names if name not in known), None):
-            raise InputError(f"{key}: {dataset.source}: {unknown('class', lacking, set(known))}")
+            raise InputError(f"{key}: {dataset.source}: {make_unknown_error('class', lacking, set(known))}")
     if not classes and not rename:
         return dataset
     renamed = [rename.get(name, name) for name in dataset.names]

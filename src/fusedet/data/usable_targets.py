@@ -6,7 +6,7 @@ import numpy as np
 
 from fusedet.data import annotation_cleaning
 from fusedet.data.dataset import DetectionDataset
-from fusedet.errors import InputError, plural
+from fusedet.errors import InputError, format_count
 
 MOST_UNUSABLE = 0.2
 """The share of unusable annotations above which a split is reported."""
@@ -106,7 +106,8 @@ def describe_unusable_split(dataset: DetectionDataset, groups: list[UnusableTarg
     counts = " and ".join(f"{group.number} {group.cause}" for group in groups)
     counts = f"all {counts}" if len(groups) == 1 and total > 1 else counts
     return (
-        f"{dataset.source} has no usable target among its {plural(total, 'object')}: {counts}; {groups[0].advice} "
+        f"{dataset.source} has no usable target among its {format_count(total, 'object')}: {counts}; "
+        f"{groups[0].advice} "
         f"(first in {groups[0].example})"
     )
 

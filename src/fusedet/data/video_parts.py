@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Self
 
-from fusedet.errors import InputError, at_least
+from fusedet.errors import InputError, require_at_least
 
 EXTENSIONS = frozenset(
     {".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m2v", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf"}
@@ -73,7 +73,7 @@ class Part:
         Raises:
             InputError: A value is wrong, or the end is not behind the start.
         """
-        at_least(1, every=every)
+        require_at_least(1, every=every)
         first, last = parse_time("from", start), None if end is None else parse_time("to", end)
         if last is not None and last <= first:
             raise InputError(f"to={end} must be later than from={start}")

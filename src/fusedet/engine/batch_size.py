@@ -74,7 +74,7 @@ def find_batch(
         torch.stack([value.float() for value in terms.values()]).sum().backward()
         detector.zero_grad(set_to_none=True)
 
-    with rng.preserved(), preserved_buffers(detector):
+    with rng.preserve_states(), preserved_buffers(detector):
         if fabric.device.type == "cuda":
             return find_largest(lambda count: _fits_gpu(step, count, detector, states, fabric.device), limit)
         weights = sum(p.numel() * p.element_size() for p in detector.parameters())

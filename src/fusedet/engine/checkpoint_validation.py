@@ -44,7 +44,7 @@ class MeterState(TypedDict):
 
 
 class RandomStates(TypedDict):
-    """The states that `rng.capture` returns."""
+    """The states that `rng.capture_states` returns."""
 
     python: tuple[Count, tuple, float | None]
     numpy: tuple[
@@ -117,7 +117,7 @@ MOMENTS = {"sgd": {"momentum_buffer"}, "adamw": {"step", "exp_avg", "exp_avg_sq"
 """What an optimizer keeps of a weight that it has moved."""
 
 
-def damaged(path: Path, key: str) -> InputError:
+def make_damage_error(path: Path, key: str) -> InputError:
     """Return the error for a checkpoint that is not as `train_state.save` writes it, with the key that is wrong."""
     return InputError(
         f"{path} cannot be resumed: what it holds under '{key}' is not what fusedet writes there, so it is damaged or "
@@ -137,14 +137,14 @@ def validate(content: Mapping[str, Any], path: Path) -> Checkpoint:
         mistakes = error.errors(include_url=False, include_context=False, include_input=False)
         if missing := [str(m["loc"][0]) for m in mistakes if m["type"] == "missing" and len(m["loc"]) == 1]:
             raise InputError(f"{path} cannot be resumed: it holds no {', '.join(sorted(missing))}") from None
-        raise damaged(path, ".".join(str(part)[:100] for part in mistakes[0]["loc"])) from None
+        raise make_damage_error(path, ".".join(str(part)[:100] for part in mistakes[0]["loc"])) from None
     meters = [process["meter"] for process in saved.processes]
     if len({(tuple(meter["names"]), meter["steps"]) for meter in meters}) != 1:
-        raise damaged(path, "processes")
+        raise make_damage_error(path, "processes")
     for i, meter in enumerate(meters):
         sums = meter["sums"]
         if (sums is None) != (meter["steps"] == 0) or (sums is not None and sums.shape != (len(meter["names"]),)):
-            raise damaged(path, f"processes.{i}.meter.sums")
+            raise make_damage_error(path, f"processes.{i}.meter.sums")
     return saved
 
 
@@ -161,9 +161,9 @@ def check_position(saved: Checkpoint, batches: int, accumulate: int, path: Path)
         InputError: They do not.
     """
     if saved.position > batches:
-        raise damaged(path, "position")
+        raise make_damage_error(path, "position")
     if saved.step != saved.epoch * math.ceil(batches / accumulate) + math.ceil(saved.position / accumulate):
-        raise damaged(path, "step")
+        raise make_damage_error(path, "step")
 
 
 def check_moments(saved: Checkpoint, name: str, optimizer: Optimizer, path: Path) -> None:
@@ -189,14 +189,14 @@ def check_moments(saved: Checkpoint, name: str, optimizer: Optimizer, path: Path
     factors = [group.get("momentum") for group in groups]
     is_stateless = any(isinstance(factor, (int, float)) and factor == 0 for factor in factors)  # SGD then keeps nothing
     if saved.step and not (state or is_stateless or saved.scaler):  # fp16's scaler may have skipped every step
-        raise damaged(path, "optimizer.state")
+        raise make_damage_error(path, "optimizer.state")
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     for i, moments in state.items():
         if not 0 <= i < len(weights) or moments.keys() != MOMENTS[name]:
-            raise damaged(path, f"optimizer.state.{i}")
+            raise make_damage_error(path, f"optimizer.state.{i}")
         for key, moment in moments.items():
             if moment.shape != (() if key == "step" else weights[i].shape) or not moment.is_floating_point():
-                raise damaged(path, f"optimizer.state.{i}.{key}")
+                raise make_damage_error(path, f"optimizer.state.{i}.{key}")
 
 
 def merged_optimizer_state(saved: Checkpoint, optimizer: Optimizer) -> dict[str, Any]:

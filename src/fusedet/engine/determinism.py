@@ -13,7 +13,7 @@ REFUSED = "does not have a deterministic implementation"  # torch's words
 
 
 @contextlib.contextmanager
-def deterministic(wanted: bool) -> Iterator[None]:
+def enable_determinism(wanted: bool) -> Iterator[None]:
     """Let torch use deterministic algorithms only, inside the block and if wanted. On a CPU little changes.
 
     Enter it before the GPU is used, because cuBLAS reads its variable once.

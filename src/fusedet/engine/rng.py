@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 
-def capture() -> dict[str, Any]:
+def capture_states() -> dict[str, Any]:
     """Return the states of Python's, numpy's and torch's generators, and of the current GPU's where CUDA is in use."""
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
@@ -20,8 +20,8 @@ def capture() -> dict[str, Any]:
     }
 
 
-def restore(states: Mapping[str, Any]) -> None:
-    """Restore the states that `capture` has returned."""
+def restore_states(states: Mapping[str, Any]) -> None:
+    """Restore the states that `capture_states` has returned."""
     version, keys, gauss = states["python"]
     random.setstate((version, tuple(keys), gauss))
     np.random.set_state(states["numpy"])
@@ -46,14 +46,14 @@ def seed_from(*numbers: int) -> None:
 
 
 @contextlib.contextmanager
-def preserved() -> Iterator[None]:
+def preserve_states() -> Iterator[None]:
     """Restore the states of all generators afterwards.
 
     A data loader draws a seed when it starts. A run that goes on in the middle of an epoch would draw once more than
     one that was never interrupted, and its dropout would differ.
     """
-    states = capture()
+    states = capture_states()
     try:
         yield
     finally:
-        restore(states)
+        restore_states(states)

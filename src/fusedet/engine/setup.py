@@ -20,7 +20,7 @@ from fusedet.engine.optim import build_optimizer
 from fusedet.engine.progress import Display
 from fusedet.engine.signals import Interrupts
 from fusedet.engine.train_state import TABLES, Loader, TrainingRun, Validate, restore
-from fusedet.errors import InputError, plural
+from fusedet.errors import InputError, format_count
 from fusedet.models.detectors import DetectorModule
 from fusedet.models.protocols import Detector
 from fusedet.types import Batch, Losses
@@ -129,7 +129,7 @@ def _say_progress(run: TrainingRun) -> None:
     epoch, epochs = run.state["epoch"], run.settings.epochs
     if run.is_finished:
         run.say(
-            f"{run.out} has trained {plural(epoch, 'epoch')}, train.epochs={epochs}: nothing is left to train, "
+            f"{run.out} has trained {format_count(epoch, 'epoch')}, train.epochs={epochs}: nothing is left to train, "
             "a larger train.epochs continues"
         )
     else:

@@ -137,7 +137,7 @@ class TrainingRun:
 
 def gather_process_states(run: TrainingRun) -> list[ProcessState]:
     """Return the random states and running losses of every process. All processes call it."""
-    own: Any = {"random": rng.capture(), "meter": run.meter.state()}
+    own: Any = {"random": rng.capture_states(), "meter": run.meter.state()}
     return gather_objects(own)
 
 
@@ -192,9 +192,9 @@ def restore(run: TrainingRun) -> dict[str, Any]:
     checkpoint_validation.check_moments(saved, run.settings.optimizer, run.optimizer, run.last)
     precision = run.fabric.strategy.precision
     if (saved.ema is None) != (run.ema is None):
-        raise checkpoint_validation.damaged(run.last, "ema")
+        raise checkpoint_validation.make_damage_error(run.last, "ema")
     if saved.scaler.keys() != precision.state_dict().keys():
-        raise checkpoint_validation.damaged(run.last, "scaler")
+        raise checkpoint_validation.make_damage_error(run.last, "scaler")
     checkpoint.load_into(run.detector, saved.model, run.last)
     if run.ema and saved.ema is not None:
         checkpoint.load_into(run.ema.module, saved.ema, run.last)
@@ -223,9 +223,9 @@ def _restore_process(run: TrainingRun, saved: Checkpoint) -> None:
         )
     if rank < len(processes):
         try:
-            rng.restore(processes[rank]["random"])
+            rng.restore_states(processes[rank]["random"])
         except checkpoint.DAMAGE as error:  # only the generators know whether a state is one of theirs
-            raise checkpoint_validation.damaged(run.last, f"processes.{rank}.random") from error
+            raise checkpoint_validation.make_damage_error(run.last, f"processes.{rank}.random") from error
     else:
         rng.seed_from(torch.initial_seed() % 2**32, step, rank)
 

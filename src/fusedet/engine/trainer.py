@@ -20,7 +20,7 @@ from fusedet.engine.optim import lr_factor
 from fusedet.engine.setup import setup
 from fusedet.engine.signals import Interrupted
 from fusedet.engine.train_state import TABLES, Loader, TrainingRun, Validate, gather_process_states, save
-from fusedet.errors import DivergenceError, unknown
+from fusedet.errors import DivergenceError, make_unknown_error
 from fusedet.models.detectors import TwoStage
 from fusedet.models.ops.losses import sum_losses
 from fusedet.models.protocols import EpochDependent
@@ -153,7 +153,7 @@ def _accumulation_groups(run: TrainingRun) -> Iterator[list[Batch]]:
         return
     batches = iter(run.loader.epoch(run.state["epoch"], start=start))
     while True:
-        with rng.preserved(), contextlib.nullcontext() if run.interrupts.agreed else run.interrupts.open():
+        with rng.preserve_states(), contextlib.nullcontext() if run.interrupts.agreed else run.interrupts.open():
             group = list(itertools.islice(batches, run.settings.accumulate))
         if not group:
             return
@@ -222,11 +222,17 @@ def _validate(run: TrainingRun, validate: Validate, epoch: int) -> dict[str, flo
     if run.fabric.world_size > 1:
         for buffer in run.eval_module.buffers():  # they differ, because each process has seen other images
             distributed.broadcast(buffer, 0)
-    with run.pace.validation(), rng.preserved(), _evaluating(run.eval_module), torch.no_grad(), run.interrupts.open():
+    with (
+        run.pace.validation(),
+        rng.preserve_states(),
+        _evaluating(run.eval_module),
+        torch.no_grad(),
+        run.interrupts.open(),
+    ):
         metrics = {name: float(value) for name, value in validate(run.eval_module, epoch).items()}
     metrics = run.fabric.broadcast(metrics)
     if run.settings.monitor not in metrics:
-        raise unknown("metric to monitor", run.settings.monitor, metrics)
+        raise make_unknown_error("metric to monitor", run.settings.monitor, metrics)
     return metrics
 
 

@@ -41,7 +41,7 @@ class ValidationLoss:
 
     @torch.no_grad()
     def _add(self, batch: Batch, number: int) -> None:
-        with rng.preserved(), preserved_buffers(self.detector), normalizing_locally():
+        with rng.preserve_states(), preserved_buffers(self.detector), normalizing_locally():
             torch.manual_seed(number)
             terms = self.detector.loss(batch)
         total = sum_losses(terms, self.detector.loss_weights, torch.float64)

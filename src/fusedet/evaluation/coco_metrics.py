@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fusedet.data.dataset import DetectionDataset
-from fusedet.errors import InputError, unknown
+from fusedet.errors import InputError, make_unknown_error
 from fusedet.evaluation import coco_matching
 from fusedet.evaluation.dataset_matching import match_detections
 from fusedet.evaluation.ground_truth import count_per_class
@@ -63,9 +63,9 @@ def evaluate_coco(
         pycocotools, COCOeval.
     """
     if iou_type not in ("bbox", "segm"):
-        raise unknown("iou_type", iou_type, ["bbox", "segm"])
+        raise make_unknown_error("iou_type", iou_type, ["bbox", "segm"])
     if evaluator not in EVALUATORS:
-        raise unknown("evaluator", evaluator, EVALUATORS)
+        raise make_unknown_error("evaluator", evaluator, EVALUATORS)
     table = build_detection_table(dataset, results, boxes=iou_type == "bbox")
     if iou_type == "segm":
         validate_masks(dataset, results)

@@ -15,7 +15,7 @@ import numpy as np
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.image_files import read_bytes
 from fusedet.data.segmentation import count_rle_pixels, is_rle
-from fusedet.errors import InputError, unknown
+from fusedet.errors import InputError, make_unknown_error
 
 Result = dict[str, Any]
 """{image_id, category_id, score, bbox [x, y, width, height] in original pixels and / or segmentation (RLE)}."""
@@ -181,7 +181,7 @@ def create_stamp(
         InputError: The evaluator is not one of EVALUATORS.
     """
     if evaluator not in EVALUATORS:
-        raise unknown("evaluator", evaluator, EVALUATORS)
+        raise make_unknown_error("evaluator", evaluator, EVALUATORS)
     ids = np.sort(dataset.image_ids.numpy())
     return {
         "evaluator": f"{evaluator} {version(evaluator)}",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from fusedet.errors import InputError, unknown
+from fusedet.errors import InputError, make_unknown_error
 
 SOURCES = ("torchvision", "mmdet")
 """First parts of the names."""
@@ -85,7 +85,7 @@ def find_published_weights(name: str | Path) -> PublishedWeights:
     text = name.as_posix() if isinstance(name, Path) else name
     known = list_published_weights()
     if text not in known:
-        raise unknown("name of published weights", text, known, lister="fusedet weights")
+        raise make_unknown_error("name of published weights", text, known, lister="fusedet weights")
     return known[text]
 
 

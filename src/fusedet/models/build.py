@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Unpack, get_args, get_origin, get_type_hints
 
 from fusedet.config.validation import validate_value
-from fusedet.errors import InputError, unknown
+from fusedet.errors import InputError, make_unknown_error
 
 # beginnings of messages that name a slot: only the innermost slot is named
 _NAMES_A_SLOT = re.compile(r"(unknown ((option|value) '.*' of )?)?model\.")
@@ -22,7 +22,7 @@ def resolve_class(kind: str, name: str, table: Mapping[str, Callable[..., Any]])
     if name in table:
         return table[name]
     if ":" not in name:
-        raise unknown(kind, name, table)
+        raise make_unknown_error(kind, name, table)
     module, _, attribute = name.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
@@ -81,7 +81,7 @@ def build(
         if key in passed:
             raise InputError(f"{kind}.{key} is not set here: the model passes {key} by itself")
         if key not in parameters:
-            raise unknown("option", key, parameters - set(passed), of=f"{kind} '{name}'")
+            raise make_unknown_error("option", key, parameters - set(passed), of=f"{kind} '{name}'")
         options[key] = validate_value(value, hints.get(key, Any), f"{kind}.{key}")
     try:
         return make(**passed, **options)

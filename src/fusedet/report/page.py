@@ -9,7 +9,7 @@ from typing import Any
 
 from fusedet.atomic_io import write_atomically
 from fusedet.data.dataset import DetectionDataset
-from fusedet.errors import plural
+from fusedet.errors import format_count
 from fusedet.evaluation.results import DetectionTable, Result
 from fusedet.report import sections, threshold
 from fusedet.report.analysis import Analysis, analyze_run
@@ -74,8 +74,8 @@ def render(analysis: Analysis, dataset: DetectionDataset, title: str, training: 
         origin: HTML of the origin of the metrics.
     """
     subtitle = (
-        f"{plural(analysis.images, 'image')}, {plural(analysis.objects, 'object')} of "
-        f"{plural(len(analysis.names), 'class')}"
+        f"{format_count(analysis.images, 'image')}, {format_count(analysis.objects, 'object')} of "
+        f"{format_count(len(analysis.names), 'class')}"
     )
     links = (f'<a href="#{name}">{text}</a>' for name, text in _LINKS.items() if training or name != "training")
     # "<" could end the element, and is an escape in JSON texts only

@@ -4,7 +4,7 @@ import math
 from html import escape
 
 from fusedet.data.dataset import DetectionDataset
-from fusedet.errors import plural
+from fusedet.errors import format_count
 from fusedet.evaluation.formatting import format_interval, format_number
 from fusedet.report.analysis import Analysis
 from fusedet.report.counts import (
@@ -177,7 +177,7 @@ def make_gallery(analysis: Analysis, dataset: DetectionDataset) -> str:
         '<p class="faint">Boxes: <span class="swatch ground-truth"></span> the object, '
         '<span class="swatch detection"></span> the detection, <span class="swatch other"></span> other objects. The '
         "gallery is a sample: of each kind the largest or surest of each class, and some of every score."
-        + (f" {plural(analysis.unread, 'image')} could not be read." if analysis.unread else "")
+        + (f" {format_count(analysis.unread, 'image')} could not be read." if analysis.unread else "")
         + "</p>"
     )
     return make_section("Gallery", f'{key}{groups}<div id="apart" hidden>{hidden}</div>', "gallery")

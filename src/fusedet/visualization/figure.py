@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from fusedet.atomic_io import write_atomically
-from fusedet.errors import unknown
+from fusedet.errors import make_unknown_error
 from fusedet.visualization import colors
 
 DARK, PALE = "#262626", "#d4d4d4"
@@ -73,7 +73,7 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     """
     suffix = Path(path).suffix[1:].lower()
     if suffix not in FORMATS:
-        raise unknown(f"format of the plot {path}", suffix, FORMATS)
+        raise make_unknown_error(f"format of the plot {path}", suffix, FORMATS)
     content = io.BytesIO()
     figure.savefig(content, format=suffix, bbox_inches="tight", pad_inches=0.08)
     write_atomically(Path(path), content.getbuffer())

@@ -14,7 +14,7 @@ from fusedet.data.image_files import read_image_sizes, read_text, select_split
 from fusedet.data.readers.data_folder import DataFolder
 from fusedet.data.readers.left_out_files import Problems, add_unread_images
 from fusedet.data.segmentation import is_drawable
-from fusedet.errors import InputError, unknown
+from fusedet.errors import InputError, make_unknown_error
 
 _CLASS_FILES = ("labels.txt", "classes.txt", "class_names.txt")
 _NO_CLASS = {"__ignore__", "_background_", "__background__"}  # labeling tools put these into labels.txt
@@ -187,7 +187,7 @@ def build_dataset(
     label_of = {name: k for k, name in enumerate(classes)}
     for record in records:
         if foreign := next((name for name in record.names if name not in label_of), None):
-            raise InputError(f"{record.file}: {unknown('class', foreign, classes)}")
+            raise InputError(f"{record.file}: {make_unknown_error('class', foreign, classes)}")
     counts = [len(record.names) for record in records]
     sizes = np.array([(r.height, r.width) for r in records], dtype=np.int64).reshape(-1, 2)
     missing = np.flatnonzero((sizes <= 0).any(axis=1))

@@ -13,7 +13,7 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from fusedet import safe_load
-from fusedet.errors import InputError, shorten_list, unknown
+from fusedet.errors import InputError, make_unknown_error, shorten_list
 from fusedet.function_skipping import shapes_only
 from fusedet.models.backbones.swin import pad_before_shift, size_options
 from fusedet.quiet import quiet
@@ -38,7 +38,7 @@ def create_timm_model(name: str, pretrained: bool, weights: str | None, options:
         InputError: The name is unknown, the model is unfit for a pyramid, or the weights cannot be loaded.
     """
     if not timm.is_model(name.split(".")[0]):
-        raise unknown("timm model", name, timm.list_models())
+        raise make_unknown_error("timm model", name, timm.list_models())
     state = _read_state_dict(weights) if weights else {}
     overlay = {"file": weights} if weights else None
     try:

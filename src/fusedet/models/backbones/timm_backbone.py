@@ -12,7 +12,7 @@ from timm.models import FeatureListNet, PretrainedCfg
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fusedet.errors import InputError, one_of
+from fusedet.errors import InputError, require_choice
 from fusedet.models.backbones.pretrained import STRIDES, create_timm_model, to_channels_first
 from fusedet.models.backbones.stages import (
     LastStage,
@@ -102,8 +102,8 @@ class TimmBackbone(nn.Module):
         channels: int = 3,
     ) -> None:
         super().__init__()
-        one_of("style", style, Style)
-        one_of("norm", norm, Norm)
+        require_choice("style", style, Style)
+        require_choice("norm", norm, Norm)
         if modulated and not deformable_stages:
             raise InputError(
                 "modulated=true needs deformable convolutions: set deformable_stages, such as [2, 3, 4], or leave it "

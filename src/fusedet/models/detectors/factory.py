@@ -10,7 +10,7 @@ import torch
 
 from fusedet import config as configs
 from fusedet.config import validate_value
-from fusedet.errors import InputError, unknown
+from fusedet.errors import InputError, make_unknown_error
 from fusedet.models.backbones import LastStage, TimmBackbone, insert_plugin
 from fusedet.models.build import build, resolve_class
 from fusedet.models.detectors.neck_chain import NeckChain
@@ -119,7 +119,7 @@ def selection_options(test: configs.Test, names: Sequence[str] = ()) -> dict[str
     if isinstance(test.score, dict):
         by_name = {"default": configs.Test.model_fields["score"].default} | test.score
         if wrong := [name for name in test.score if names and name not in ("default", *names)]:
-            raise unknown("class", wrong[0], names, of="test.score")
+            raise make_unknown_error("class", wrong[0], names, of="test.score")
         score = [by_name.get(n, by_name["default"]) for n in names] if names else min(by_name.values())
     else:
         score = test.score
@@ -199,7 +199,7 @@ def _build_roi(
         raise InputError(f"model.roi={spec!r} must be a mapping {{stages: [...], branches: [...]}}")
     for key, value in spec.items():
         if key not in ROI_KEYS:
-            raise unknown("key", key, ROI_KEYS, of="model.roi")
+            raise make_unknown_error("key", key, ROI_KEYS, of="model.roi")
         if value is not None and not isinstance(value, list):
             raise InputError(f"model.roi.{key}={value!r} must be a list")
     if not spec.get("stages"):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fusedet.errors import InputError, one_of
+from fusedet.errors import InputError, require_choice
 from fusedet.models.heads.scores import class_scores
 from fusedet.models.heads.towers import InteractionFactory, TwinTowers
 from fusedet.models.ops.argument_checks import check_focal, check_length, check_weight
@@ -85,7 +85,7 @@ class FCOSHead(nn.Module):
         offset: float = 0.5,
     ) -> None:
         super().__init__()
-        one_of("box_loss", box_loss, BoxLoss)
+        require_choice("box_loss", box_loss, BoxLoss)
         check_focal(alpha, gamma, prior)
         check_weight("cls_weight", cls_weight)
         check_length("radius", radius)

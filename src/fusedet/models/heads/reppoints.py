@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fusedet.errors import InputError, one_of
+from fusedet.errors import InputError, require_choice
 from fusedet.models.heads.scores import class_scores
 from fusedet.models.heads.towers import InteractionFactory, TwinTowers
 from fusedet.models.ops.argument_checks import check_focal, check_iou_thresholds, check_length, check_loss_weights
@@ -92,7 +92,7 @@ class RepPointsHead(nn.Module):
         prior: float = 0.01,
     ) -> None:
         super().__init__()
-        one_of("transform_method", transform_method, Transform)
+        require_choice("transform_method", transform_method, Transform)
         check_focal(alpha, gamma, prior)
         check_iou_thresholds(positive, negative)
         check_length("base_scale", base_scale)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fusedet.errors import InputError, one_of
+from fusedet.errors import InputError, require_choice
 from fusedet.models.heads.towers import InteractionFactory, make_tower
 from fusedet.models.ops.argument_checks import check_anchors, check_iou_thresholds
 from fusedet.models.ops.assigners import IGNORED, MaxIoUAssigner, assign_batch, gather_positives, valid_prior_mask
@@ -97,7 +97,7 @@ class RPNHead(nn.Module):
         train_pre_nms: int = 2000,
     ) -> None:
         super().__init__()
-        one_of("loss", loss, RegressionLoss)
+        require_choice("loss", loss, RegressionLoss)
         check_iou_thresholds(positive, negative)
         check_anchors("scale", scale, ratios)
         if interact:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fusedet.errors import InputError, one_of
+from fusedet.errors import InputError, require_choice
 from fusedet.models.heads.scores import class_scores
 from fusedet.models.heads.towers import InteractionFactory, TwinTowers, make_tower
 from fusedet.models.ops.argument_checks import check_focal, check_loss_weights
@@ -80,7 +80,7 @@ class VFNetHead(nn.Module):
         prior: float = 0.01,
     ) -> None:
         super().__init__()
-        one_of("box_norm", box_norm, BoxNorm)
+        require_choice("box_norm", box_norm, BoxNorm)
         check_focal(alpha, gamma, prior)
         if not 0 <= gradient_mul <= 1:
             raise InputError(f"gradient_mul={gradient_mul} must be 0 to 1")

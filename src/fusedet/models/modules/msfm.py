@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fusedet.errors import InputError, one_of, unknown
+from fusedet.errors import InputError, make_unknown_error, require_choice
 from fusedet.models.ops.autocast import without_autocast
 from fusedet.models.ops.layers import GroupNorm, conv, init_zero
 
@@ -78,7 +78,7 @@ class MSFM(nn.Module):
         width: int | None = None,
     ) -> None:
         super().__init__()
-        one_of("fusion", fusion, Fusion)
+        require_choice("fusion", fusion, Fusion)
         m = _divide_channels(channels, ratio, groups) if width is None else width
         _check_values(channels, scales, groups, conv_num, m)
         if restore_relu and zero_init:
@@ -233,7 +233,7 @@ class MSFMPlugin:
         named = self.groups if isinstance(self.groups, Mapping) else {}
         for option, position in [*(("positions", p) for p in self.positions or ()), *(("groups", p) for p in named)]:
             if position not in GROUPS:
-                raise unknown("position", position, GROUPS, of=option)
+                raise make_unknown_error("position", position, GROUPS, of=option)
         if len(self.ratios) != len(self.stages):
             raise InputError(f"ratios={list(self.ratios)} must hold one ratio for each of stages={list(self.stages)}")
 

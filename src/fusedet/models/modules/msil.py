@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fusedet.errors import InputError, one_of
+from fusedet.errors import InputError, require_choice
 from fusedet.models.ops.attention import ChannelAttention
 from fusedet.models.ops.layers import GroupNorm, conv
 
@@ -73,7 +73,7 @@ class MSIL(nn.Module):
     ) -> None:
         super().__init__()
         for key, value, kind in (("norm", norm, Norm), ("activation", activation, Activation), ("gate", gate, Gate)):
-            one_of(key, value, kind)
+            require_choice(key, value, kind)
         if channels < 1:
             raise InputError(f"channels={channels} must be at least 1")
         if norm == "gn" and channels % 32:

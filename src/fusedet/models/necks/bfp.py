@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import nn
 
-from fusedet.errors import InputError, one_of
+from fusedet.errors import InputError, require_choice
 from fusedet.models.ops.layers import conv, init_xavier
 from fusedet.models.ops.pyramid_resize import NonLocal, gather_levels, scatter_level
 from fusedet.types import Features, Levels
@@ -40,7 +40,7 @@ class BFP(nn.Module):
 
     def __init__(self, levels: Levels, refine_level: int = 2, refine: Refine = "non_local") -> None:
         super().__init__()
-        one_of("refine", refine, Refine)
+        require_choice("refine", refine, Refine)
         channels = levels.channels[0]
         if set(levels.channels) != {channels}:
             raise InputError(

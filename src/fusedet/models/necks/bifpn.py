@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fusedet.errors import InputError, one_of
+from fusedet.errors import InputError, require_choice
 from fusedet.models.necks.fpn import Top, TopLevels, pyramid_levels
 from fusedet.models.ops.layers import GroupNorm, conv, init_xavier
 from fusedet.types import Features, Levels
@@ -56,7 +56,7 @@ class BiFPN(nn.Module):
         separable: bool = True,
     ) -> None:
         super().__init__()
-        one_of("norm", norm, Norm)
+        require_choice("norm", norm, Norm)
         self.start, self.levels = pyramid_levels(levels, channels, finest, coarsest)
         if repeats < 1:
             raise InputError(f"repeats={repeats} must be at least 1")

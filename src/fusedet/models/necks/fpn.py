@@ -12,7 +12,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fusedet.errors import InputError, one_of
+from fusedet.errors import InputError, require_choice
 from fusedet.models.ops.layers import Norm, conv_norm, init_xavier
 from fusedet.types import Features, Levels
 
@@ -109,7 +109,7 @@ class TopLevels(nn.Module):
 
     def __init__(self, inputs: int, channels: int, count: int, top: Top, norm: bool = False) -> None:
         super().__init__()
-        one_of("top", top, Top)
+        require_choice("top", top, Top)
         self.count, self.kind = count, top
         sources = [inputs if top.startswith("on_input") else channels] + [channels] * (count - 1)
         self.convs = (

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fusedet.errors import InputError, one_of
+from fusedet.errors import InputError, require_choice
 from fusedet.models.necks.fpn import Top, TopLevels, pyramid_levels, top_down
 from fusedet.models.necks.gates import Gate, make_gate
 from fusedet.models.ops.autocast import without_autocast
@@ -122,7 +122,7 @@ class MSEFPN(nn.Module):
             ("gate_source", gate_source, GateSource),
             ("norm", norm, Norm),
         ):
-            one_of(key, value, kind)
+            require_choice(key, value, kind)
         self.start, self.levels = pyramid_levels(levels, channels, finest, coarsest)
         inputs = levels.channels[self.start :]
         self.lateral = nn.ModuleList(conv(c, channels, 1) for c in inputs)  # C_i -> channels

@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fusedet.errors import one_of
+from fusedet.errors import require_choice
 from fusedet.models.necks.fpn import FPN, Top, TopLevels, pyramid_levels
 from fusedet.models.ops.layers import conv, init_xavier
 from fusedet.types import Features, Levels
@@ -53,7 +53,7 @@ class PAFPN(nn.Module):
         form: Form = "mmdet",
     ) -> None:
         super().__init__()
-        one_of("form", form, Form)
+        require_choice("form", form, Form)
         start, self.levels = pyramid_levels(levels, channels, finest, coarsest)
         count = len(levels) - start  # the backbone's levels
         self.fpn = FPN(levels, channels, finest, finest + count - 1, top)

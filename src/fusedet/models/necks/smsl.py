@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fusedet.errors import InputError, one_of
+from fusedet.errors import InputError, require_choice
 from fusedet.models.necks.fpn import Top, TopLevels, pyramid_levels
 from fusedet.models.ops.exporting import is_exporting
 from fusedet.models.ops.layers import conv, init_xavier
@@ -73,8 +73,8 @@ class SMSL(nn.Module):
         zero_init: bool = True,
     ) -> None:
         super().__init__()
-        one_of("mode", mode, Mode)
-        one_of("resizing", resizing, Resizing)
+        require_choice("mode", mode, Mode)
+        require_choice("resizing", resizing, Resizing)
         self.sources = LateralLevels(levels, channels, finest, coarsest, top) if mode == "standalone" else None
         self.levels = self.sources.levels if self.sources else levels
         L, C = len(self.levels), self.levels.channels[0]

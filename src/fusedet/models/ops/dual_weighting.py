@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fusedet.errors import InputError, one_of
+from fusedet.errors import InputError, require_choice
 from fusedet.models.ops.argument_checks import check_length, check_weight
 from fusedet.models.ops.boxes import aligned_iou
 from fusedet.models.ops.inside_pairs import Pairs, extremes_of_instance
@@ -53,7 +53,7 @@ class DualWeighting:
     sigma: float = 1.11
 
     def __post_init__(self) -> None:
-        one_of("weighting", self.weighting, Weighting)
+        require_choice("weighting", self.weighting, Weighting)
         check_weight("beta", self.beta)
         check_weight("mu", self.mu)
         check_length("sigma", self.sigma)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from fusedet.errors import InputError, one_of
+from fusedet.errors import InputError, require_choice
 from fusedet.models.ops.deformable import DeformConv, offset_convolutions
 from fusedet.types import Features
 
@@ -47,7 +47,7 @@ def conv_norm(inputs: int, outputs: int, kernel: int, norm: Norm | None, stride:
     """
     if norm is None:
         return conv(inputs, outputs, kernel, stride)
-    one_of("norm", norm, Norm)
+    require_choice("norm", norm, Norm)
     if norm == "gn" and outputs % 32:
         raise InputError(f"norm=gn needs channels in multiples of 32, got {outputs}")
     after = GroupNorm(32, outputs) if norm == "gn" else nn.BatchNorm2d(outputs)

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fusedet.errors import InputError, one_of
+from fusedet.errors import InputError, require_choice
 from fusedet.models.ops.boxes import aligned_iou
 
 SoftNMSMethod = Literal["linear", "gaussian"]
@@ -35,7 +35,7 @@ class SoftNMS:
     min_score: float = 0.001
 
     def __post_init__(self) -> None:
-        one_of("method", self.method, SoftNMSMethod)
+        require_choice("method", self.method, SoftNMSMethod)
         if not self.sigma > 0 or not 0 <= self.min_score <= 1:
             raise InputError(f"sigma={self.sigma} must be above 0 and min_score={self.min_score} 0 to 1")
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fusedet.errors import InputError, one_of
+from fusedet.errors import InputError, require_choice
 from fusedet.models.ops.boxes import clip_boxes, decode_boxes, encode_boxes
 from fusedet.models.ops.layers import Norm, conv_norm, init_kaiming
 from fusedet.models.ops.losses import mean_over_ranks
@@ -84,8 +84,8 @@ class BoxStage(nn.Module):
         ground_truth: bool = True,
     ) -> None:
         super().__init__()
-        one_of("sampling", sampling, Sampling)
-        one_of("loss", loss, RegressionLossName)
+        require_choice("sampling", sampling, Sampling)
+        require_choice("loss", loss, RegressionLossName)
         if size < 1 or channels < 1 or layers < 0 or convs < 0:
             raise InputError(
                 f"size={size}, channels={channels} must be at least 1, layers={layers} and convs={convs} at least 0"
