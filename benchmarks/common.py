@@ -14,7 +14,7 @@ import torch
 
 from fusedet.api import timing
 from fusedet.api.timing import describe_machine, time_call
-from fusedet.interop.torchvision import convert_weights
+from fusedet.interop.torchvision import convert_torchvision_weights
 
 
 def interleave(sides: dict[str, Callable[[], Any]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
@@ -48,7 +48,7 @@ def measure_peak_memory(script: str, side: str, *arguments: str) -> float:
 
 def copy_weights(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
     """Copy the weights of a torchvision detector to a fusedet detector."""
-    left = ours.load_state_dict(convert_weights(theirs.state_dict(), "torchvision").weights, strict=False)
+    left = ours.load_state_dict(convert_torchvision_weights(theirs.state_dict(), "torchvision").weights, strict=False)
     # Frozen batch norms have no batch counters.
     assert not left.unexpected_keys, left
     assert all(key.endswith("num_batches_tracked") for key in left.missing_keys), left

@@ -35,7 +35,7 @@ from fusedet.data.image_decoding import to_tensor
 from fusedet.interop.conversion import count_classes
 from fusedet.interop.mmdetection.detector_config import convert_config
 from fusedet.interop.published_weights import find_published_weights, list_published_weights
-from fusedet.interop.torchvision import convert_weights
+from fusedet.interop.torchvision import convert_torchvision_weights
 from fusedet.models.detectors import DetectorModule, TwoStage, build_detector, disable_pretrained, prepare_for_inference
 from fusedet.types import Batch
 
@@ -72,7 +72,7 @@ def convert_torchvision(name: str) -> Architecture:
     """Return config and number of classes of torchvision's weights, from names and shapes."""
     with torch.device("meta"):
         made = torchvision.models.get_model(name.partition("/")[2], weights=None, weights_backbone=None)
-        converted = convert_weights(made.state_dict(), find_published_weights(name).file)
+        converted = convert_torchvision_weights(made.state_dict(), find_published_weights(name).file)
     return config.parse(converted.tree), len(converted.names)
 
 

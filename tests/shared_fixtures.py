@@ -102,7 +102,7 @@ def without_rendering() -> Iterator[None]:
         patch.setattr(Figure, "savefig", save_unrendered)
         for name in PLOTS:
             patch.setattr(visualization, name, save_empty)
-        patch.setattr(run_report, "write_page", lambda file, *_, **__: file.write_text("", encoding="utf-8"))
+        patch.setattr(run_report, "write_report_page", lambda file, *_, **__: file.write_text("", encoding="utf-8"))
         yield
 
 

@@ -338,7 +338,7 @@ def test_each_run_is_submitted_once(plan: Plan, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(launcher, "find_spec", lambda name: True)
     monkeypatch.setattr(launcher, "which", lambda name: name)
     monkeypatch.setattr(worker, "train", stop_at_once)
-    monkeypatch.setattr(experiment, "write_report", lambda *args: {})
+    monkeypatch.setattr(experiment, "write_ablation_report", lambda *args: {})
     launch = ablation.LaunchOptions(launcher="slurm", slurm={"timeout_min": 5}, resamples=40)
     messages: list[str] = []
     with pytest.raises(InputError, match="--budget needs --launcher local"):

@@ -147,7 +147,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
     folder = tmp_path_factory.mktemp("page")
     summary = make_summary(folder / "runs")
     (folder / "out").mkdir()
-    return report.write_report(summary, folder / "out")["page"], summary
+    return report.write_ablation_report(summary, folder / "out")["page"], summary
 
 
 def test_page_in_a_browser(browser: Any, page: tuple[Path, dict[str, Any]]) -> None:
@@ -215,7 +215,7 @@ def test_missing_measurements_are_marked(page: tuple[Path, dict[str, Any]], tmp_
         row["cost"] |= {"prediction": None}
     shutil.copytree(page[0].parent, tmp_path / "out")
     assert list((tmp_path / "out" / "plots").glob("*.svg"))
-    text = report.write_report(summary, tmp_path / "out")["page"].read_text()
+    text = report.write_ablation_report(summary, tmp_path / "out")["page"].read_text()
     assert "<svg" not in text
     assert [cells[2] for cells in render.make_difference_sheet(summary).rows] == ["not measured"] * 3 + ["cited"]
     assert render.make_cost_sheet(summary).rows[0][5:] == ["not measured"] * 4

@@ -79,7 +79,7 @@ def finish_runs(plan: Plan, detect: Callable[[Run], list[dict[str, Any]]], masks
 
 def summarize(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(summary, "measure_prediction", lambda *args: {})
-    return summary.summarize(plan, cost.count_costs(plan.configs, plan.classes), resamples=60)
+    return summary.summarize_runs(plan, cost.count_costs(plan.configs, plan.classes), resamples=60)
 
 
 # -- the metric of a table
@@ -114,7 +114,7 @@ def test_table_about_masks(scenes: Path, tmp_path: Path, monkeypatch: pytest.Mon
     sheet = render.make_difference_sheet(report_data)
     assert sheet.head[1:3] == ["mask_AP published", "mask_AP measured"]
     assert sheet.rows[1][sheet.head.index("published difference")] == "+1.8"
-    files = report.write_report(report_data, tmp_path / "out")
+    files = report.write_ablation_report(report_data, tmp_path / "out")
     line = list(csv.DictReader(files["spreadsheet"].read_text().splitlines()))[1]
     assert float(line["published_mask_AP_difference"]) == pytest.approx(1.8)
     assert float(line["mask_AP_difference"]) == more["difference"]["mask_AP"]["value"]
@@ -170,7 +170,7 @@ def test_voc_metrics_and_several_references(scenes: Path, tmp_path: Path, monkey
         ["1/2", "B", "+1.27"],
     ]
     assert any(line.startswith("Over images: none.") for line in summary_text.describe_coverage(report_data))
-    files = report.write_report(report_data, tmp_path / "out")
+    files = report.write_ablation_report(report_data, tmp_path / "out")
     for name in ("table", "page"):
         text = files[name].read_text()
         for part in ("+1.27", "no target", "Finished seeds, of 2: B+ 1", "Over images: none", "a remark"):
@@ -200,7 +200,7 @@ def test_metric_without_a_value_is_left_out(scenes: Path, tmp_path: Path, monkey
     report_data = summarize(plan, monkeypatch)
     assert "AP" not in report_data["rows"][0]["measured"]
     assert render.make_difference_sheet(report_data).rows[0][2] == "not measured"
-    assert "AP against cost" not in report.write_report(report_data, tmp_path / "out")["page"].read_text()
+    assert "AP against cost" not in report.write_ablation_report(report_data, tmp_path / "out")["page"].read_text()
 
 
 # -- rows that differ in their test section only

@@ -26,8 +26,8 @@ from fusedet.evaluation.calibration import compute_calibration
 from fusedet.evaluation.image_matching import FALSE_POSITIVE, IGNORED, match_images
 from fusedet.evaluation.results import DetectionTable
 from fusedet.evaluation.score_thresholds import find_best_thresholds
-from fusedet.report import gallery, write_page
-from fusedet.report.analysis import analyze_run, summarize
+from fusedet.report import gallery, write_report_page
+from fusedet.report.analysis import analyze_run, summarize_failures
 from fusedet.report.counts import KINDS, classify, count_by_threshold, count_from, fill_matrix
 from test_evaluate import GUESSES, OBJECTS, dataset, result
 
@@ -219,11 +219,11 @@ def test_sentences_name_the_worst() -> None:
     data, results = by_hand()
     own = analyze_run(data, results * 1, evaluate_results(data, results).metrics)
     most = max(own.errors.items(), key=lambda item: item[1]["dAP"])
-    assert f"would rise from {own.metrics['AP50']:.3f} by {most[1]['dAP']:.3f}" in summarize(own)[0]
-    assert len(summarize(own)) == 1, "ten objects at least name a size or a class"
+    assert f"would rise from {own.metrics['AP50']:.3f} by {most[1]['dAP']:.3f}" in summarize_failures(own)[0]
+    assert len(summarize_failures(own)) == 1, "ten objects at least name a size or a class"
     many = dataset([[(A, 0, False), (B, 1, False)]] * 12)
     perfect_cats = [result(i + 1, 7, A, 0.9) for i in range(12)]
-    lines = summarize(analyze_run(many, perfect_cats, evaluate_results(many, perfect_cats).metrics))
+    lines = summarize_failures(analyze_run(many, perfect_cats, evaluate_results(many, perfect_cats).metrics))
     assert "By class, AP is lowest for dog: 0.000 (0.000 to 0.000) on 12 objects." in lines
     assert lines[0].startswith("Missed objects cost the most: without these 12 errors AP50 would rise from 0.500 by")
 
@@ -252,7 +252,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     table = folder / "metrics.csv"
     lines = [f"1,{step},0.01,{2 / step},{1 / step},," for step in range(1, 7)]
     table.write_text("epoch,step,lr,loss,loss_box,val_loss,AP\n" + "\n".join([*lines, "1,6,,,,0.7,0.4"]) + "\n")
-    write_page(
+    write_report_page(
         folder / "report.html",
         data,
         results,
@@ -323,12 +323,12 @@ def test_page_without_images_or_training(tmp_path: Path) -> None:
     """Scores outside 0..1, detections of one class, and results without the images."""
     data, results = by_hand()
     results = [row | {"score": 10 * row["score"]} for row in results]
-    write_page(tmp_path / "a.html", data, results, evaluate_results(data, results).metrics, title="a")
+    write_report_page(tmp_path / "a.html", data, results, evaluate_results(data, results).metrics, title="a")
     text = (tmp_path / "a.html").read_text()
     assert "The images cannot be read here" in text
     assert "they say nothing about precision" in text
     assert 'id="training"' not in text
-    write_page(tmp_path / "b.html", data, [], evaluate_results(data, []).metrics, title="no detections")
+    write_report_page(tmp_path / "b.html", data, [], evaluate_results(data, []).metrics, title="no detections")
     assert read_counts((tmp_path / "b.html").read_text())["cells"] == []
 
 
@@ -415,7 +415,7 @@ def test_page_of_5000_images_is_small(tmp_path: Path) -> None:
     guesses = np.where(is_right, labels[chosen], rng.integers(k, size=10 * n))
     table = DetectionTable(np.repeat(np.arange(n), 7)[chosen], guesses, rng.random(10 * n), moved)
     metrics = evaluation.evaluate_coco(data, table)  # type: ignore[arg-type]
-    write_page(tmp_path / "report.html", data, table, metrics, title="5,000 images")
+    write_report_page(tmp_path / "report.html", data, table, metrics, title="5,000 images")
     text = (tmp_path / "report.html").read_text()
     assert 100_000 < len(text.encode()) < 3_000_000
     assert text.count("<img") > 80
@@ -473,7 +473,7 @@ def test_a_page_that_fails_is_a_warning(tmp_path: Path, monkeypatch: pytest.Monk
     def fill_disk(*_: Any, **__: Any) -> None:
         raise StorageError("full")
 
-    monkeypatch.setattr(run_report, "write_page", fill_disk)
+    monkeypatch.setattr(run_report, "write_report_page", fill_disk)
     with pytest.raises(StorageError):
         run_report.write_run_page(tmp_path, data, evaluated, **options)
 

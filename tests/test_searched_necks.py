@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from fusedet.errors import InputError
 from fusedet.interop.mmdetection.weight_names import rename_weight
-from fusedet.interop.mmdetection.weight_tables import FURTHER_NECKS
+from fusedet.interop.mmdetection.weight_tables import NECK_RULES
 from fusedet.models.necks import NASFPN, DilatedEncoder, DyHead
 from fusedet.models.necks.dyhead import DynamicReLU
 from fusedet.models.necks.nas_fpn import _resize
@@ -75,7 +75,7 @@ def test_the_dilated_encoder_by_mmdetections_names() -> None:
     norms = {"lateral_norm": 8, "fpn_norm": 8} | {f"{block}.bn": 8 if block[-1] == "3" else 2 for block in blocks}
     for name, width in norms.items():
         state |= {f"{name}.{key}": torch.rand(width) + 0.5 for key in ("weight", "bias", "running_mean", "running_var")}
-    renamed = {rename_weight(key, FURTHER_NECKS["dilated_encoder"]): x for key, x in state.items()}
+    renamed = {rename_weight(key, NECK_RULES["dilated_encoder"]): x for key, x in state.items()}
     missing, unexpected = neck.load_state_dict(renamed, strict=False)
     assert not unexpected
     assert all(key.endswith("num_batches_tracked") for key in missing)

@@ -70,7 +70,7 @@ def test_report_of_bins_and_noise(scenes, tmp_path, monkeypatch):
     plan = make_plan(tmp_path, MINE, scenes, seeds=2)
     finish_runs(plan, lambda run: make_results(plan.val, 0.2 + 0.2 * run.seed + 0.1 * (run.label == "more"), 0.2))
     monkeypatch.setattr(summary, "measure_prediction", lambda *args: {})
-    made = summary.summarize(plan, cost.count_costs(plan.configs, plan.classes), resamples=60)
+    made = summary.summarize_runs(plan, cost.count_costs(plan.configs, plan.classes), resamples=60)
     assert made["size_bins"] == ["AP 4-16 px", "AP 16-32 px", "AP 32-96 px"]
     plain, more = made["rows"]
     for name in made["size_bins"]:
@@ -88,7 +88,7 @@ def test_report_of_bins_and_noise(scenes, tmp_path, monkeypatch):
     ]
     assert any(title.startswith("Noise of AP") for title in sheets)
     (tmp_path / "page").mkdir()
-    files = report.write_report(made, tmp_path / "page")
+    files = report.write_ablation_report(made, tmp_path / "page")
     assert "AP by size bin" in files["page"].read_text()
     assert "Power: with 2 seeds per row" in files["table"].read_text()
     assert "AP 4-16 px_difference_images_low" in files["spreadsheet"].read_text().splitlines()[0]
@@ -100,7 +100,7 @@ def test_power_is_that_of_the_row_with_the_fewest_seeds(short, scenes, tmp_path,
     finish_runs(plan, lambda run: make_results(plan.val, 0.2 + 0.2 * run.seed, 0.2))
     shutil.rmtree(plan.runs(short)[2].folder)
     monkeypatch.setattr(summary, "measure_prediction", lambda *args: {})
-    made = summary.summarize(plan, cost.count_costs(plan.configs, plan.classes), resamples=60)
+    made = summary.summarize_runs(plan, cost.count_costs(plan.configs, plan.classes), resamples=60)
     runs = {"plain": 3, "more": 3} | {short: 2}
     assert {row["label"]: row["noise"]["runs"] for row in made["rows"]} == runs
     assert [row["noise"]["seeds"] for row in made["rows"]] == [2, 2]

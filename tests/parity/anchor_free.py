@@ -11,7 +11,7 @@ from cases import Case, Errors, largest, relative
 from torch import Tensor, nn
 
 from fusedet.interop.mmdetection.weight_names import dense_head_rules, rename_weight
-from fusedet.interop.mmdetection.weight_tables import FURTHER_NECKS
+from fusedet.interop.mmdetection.weight_tables import NECK_RULES
 from fusedet.models.heads import AutoAssignHead, FoveaHead, FreeAnchorHead, FSAFHead, YOLOFHead
 from fusedet.models.necks import NASFPN, DyHead
 from fusedet.models.ops.boxes import nms_keep_mask
@@ -35,7 +35,7 @@ def head_names(**spec: Any) -> list[tuple[str, Any]]:
 
 def neck_names(kind: str) -> list[tuple[str, Any]]:
     """Return the renames of a neck: those of the conversion of checkpoints."""
-    return [(r"^.+$", lambda m: rename_weight(m[0], FURTHER_NECKS[kind]))]
+    return [(r"^.+$", lambda m: rename_weight(m[0], NECK_RULES[kind]))]
 
 
 def two_maps(m: dict[str, list[Tensor]]) -> list[list[Tensor]]:

@@ -10,8 +10,8 @@ from filelock import FileLock, Timeout
 from fusedet.ablation import estimate, launcher
 from fusedet.ablation.cost import count_costs
 from fusedet.ablation.plan import Plan
-from fusedet.ablation.report import write_report
-from fusedet.ablation.summary import summarize
+from fusedet.ablation.report import write_ablation_report
+from fusedet.ablation.summary import summarize_runs
 from fusedet.config.interval import format_duration
 from fusedet.errors import InputError, format_count, shorten_list
 
@@ -87,8 +87,8 @@ def run_plan(
         if queue.left:
             say(_describe_left(queue))
         say("summarizing")
-        summary = summarize(plan, costs, resamples=launch.resamples)
-        return summary, write_report(summary, plan.out)
+        summary = summarize_runs(plan, costs, resamples=launch.resamples)
+        return summary, write_ablation_report(summary, plan.out)
 
 
 def preview_plan(plan: Plan, *, say: Say = print) -> tuple[list[dict[str, Any]], str]:

@@ -18,7 +18,7 @@ PAGE_COLORS = {"#ffffff": "none", "#262626": "currentColor", "#ebebeb": "var(--g
 """Colors of a plot that are replaced by those of the page, light or dark."""
 
 
-def write_report(summary: Summary, out: Path) -> dict[str, Path]:
+def write_ablation_report(summary: Summary, out: Path) -> dict[str, Path]:
     """Write a summary into an output directory, over an earlier one; return the files by what they are.
 
     Raises:

@@ -28,7 +28,7 @@ def compared_metrics(metric: str, bins: Sequence[str] = ()) -> tuple[str, ...]:
     return names if metric in names else (metric, *names)
 
 
-def summarize(plan: Plan, costs: Mapping[str, Tree], *, resamples: int = 1000) -> Tree:
+def summarize_runs(plan: Plan, costs: Mapping[str, Tree], *, resamples: int = 1000) -> Tree:
     """Summarize the runs of a plan as table.json has them; metrics in percent, None where nothing was measured.
 
     Args:

@@ -66,7 +66,7 @@ class _Image:
     is_done: bool
 
 
-def predict(
+def predict_images(
     predictor: Predictor,
     sources: Sources,
     target: Path,

@@ -12,7 +12,7 @@ from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.text import Text
 
-from fusedet.api.dataset_page import write_page
+from fusedet.api.dataset_page import write_dataset_page
 from fusedet.api.progress import track
 from fusedet.api.results import CommandResult
 from fusedet.api.settings import Settings, Source, refuse_other_keys, resolve_config, to_overrides
@@ -145,7 +145,7 @@ def check_dataset(
     result = DatasetCheck(reports, between, splits)
     if report is not None:
         Path(report).parent.mkdir(parents=True, exist_ok=True)
-        write_page(
+        write_dataset_page(
             Path(report),
             f"Dataset {options.data.path}",
             ok=result.ok,

@@ -44,7 +44,7 @@ figcaption { font-size: .75rem; color: var(--faint); }
 """
 
 
-def write_page(
+def write_dataset_page(
     file: Path,
     title: str,
     *,

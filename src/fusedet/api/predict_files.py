@@ -168,7 +168,7 @@ def predict(
         if count or not videos:
             asked = batch_predict.Options(exports, batch, jsonl, on_bad_image, hint, workers, rank, world)
             with progress_bar(None if rank else progress, count, "images") as advance:
-                result = batch_predict.predict(
+                result = batch_predict.predict_images(
                     predictor, images, target, asked, precision=precision, resume=resume, advance=advance
                 )
             outputs = {name: Path(path) for name, path in result.pop("files").items()}

@@ -10,7 +10,7 @@ from fusedet.api.run_dir import describe_environment
 from fusedet.api.validate import Evaluation
 from fusedet.data.dataset import DetectionDataset
 from fusedet.errors import StorageError
-from fusedet.report import write_page
+from fusedet.report import write_report_page
 
 PAGE = "report.html"
 
@@ -48,7 +48,7 @@ def write_run_page(
     try:
         origin, commands = _describe_origin(dataset, evaluated.metrics, scored, device, run)
         table = run / "metrics.csv" if run else None
-        write_page(
+        write_report_page(
             out / PAGE,
             dataset,
             evaluated.results,

@@ -139,7 +139,7 @@ def describe_model(model: ServedModel) -> ModelReply:
     )
 
 
-def describe_prediction(
+def make_prediction_reply(
     model: ServedModel, prediction: Prediction, seconds: dict[str, float], score: float, has_masks: bool
 ) -> PredictionReply:
     """Describe the detections of an image as the reply of the HTTP API.

@@ -188,7 +188,7 @@ async def predict(
 
     def work(content: bytes) -> replies.PredictionReply:
         prediction, seconds = served.detect(content, own)
-        return replies.describe_prediction(served, prediction, {"wait": 0.0} | seconds, score, has_masks)
+        return replies.make_prediction_reply(served, prediction, {"wait": 0.0} | seconds, score, has_masks)
 
     reply, waited = await state.compute(request, image, work)
     state.metrics.count_prediction(served.name, reply.seconds.decode + reply.seconds.detect)

@@ -125,7 +125,7 @@ def make_damage_error(path: Path, key: str) -> InputError:
     )
 
 
-def validate(content: Mapping[str, Any], path: Path) -> Checkpoint:
+def validate_checkpoint(content: Mapping[str, Any], path: Path) -> Checkpoint:
     """Return the content of a checkpoint in its declared types.
 
     Raises:

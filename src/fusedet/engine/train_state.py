@@ -180,7 +180,7 @@ def restore(run: TrainingRun) -> dict[str, Any]:
     Raises:
         InputError: The checkpoint does not fit this run, or is not as `save` writes it.
     """
-    saved = checkpoint_validation.validate(checkpoint.load(run.last), run.last)
+    saved = checkpoint_validation.validate_checkpoint(checkpoint.load(run.last), run.last)
     for key, value in _plan(run).items():
         if (then := saved.plan.get(key)) != value:
             raise InputError(

@@ -232,7 +232,7 @@ def convert_mmdetection_weights(state: Weights, options: Config, count: int, fil
 
 
 def _convert_torchvision(state: Weights, file: str | Path, overrides: Sequence[str]) -> ConvertedCheckpoint:
-    converted = torchvision.convert_weights(state, Path(file).name)
+    converted = torchvision.convert_torchvision_weights(state, Path(file).name)
     options = configs.parse(configs.apply_overrides(converted.tree, overrides))
     with uninitialized():
         wanted = build_detector(options, len(converted.names)).state_dict()

@@ -79,7 +79,7 @@ def is_torchvision(state: Mapping[str, Tensor]) -> bool:
     )
 
 
-def convert_weights(state: Weights, file: str) -> ConvertedWeights:
+def convert_torchvision_weights(state: Weights, file: str) -> ConvertedWeights:
     """Convert the weights of a torchvision detector.
 
     Args:

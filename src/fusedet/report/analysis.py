@@ -171,7 +171,7 @@ ERROR_TEXTS = {
 }
 
 
-def summarize(analysis: Analysis) -> list[str]:
+def summarize_failures(analysis: Analysis) -> list[str]:
     """Say where the detector fails: the error type that costs most, the worst size and the worst class."""
     text = []
     name, row = max(analysis.errors.items(), key=lambda item: item[1]["dAP"])

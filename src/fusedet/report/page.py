@@ -28,7 +28,7 @@ _LINKS = {
 }
 
 
-def write_page(
+def write_report_page(
     file: Path,
     dataset: DetectionDataset,
     results: Sequence[Result] | DetectionTable,

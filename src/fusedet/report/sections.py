@@ -8,7 +8,7 @@ import numpy as np
 
 from fusedet.evaluation.calibration import Calibration
 from fusedet.evaluation.formatting import format_interval, format_number
-from fusedet.report.analysis import ERROR_TEXTS, RESAMPLES, Analysis, summarize
+from fusedet.report.analysis import ERROR_TEXTS, RESAMPLES, Analysis, summarize_failures
 from fusedet.report.charts import INK, Curve, class_hex, draw_curves, draw_intervals, draw_reliability
 from fusedet.report.counts import DEFAULT
 from fusedet.visualization.page import make_faint, make_plain_table, make_section
@@ -19,7 +19,7 @@ MOST_CURVES = 10  # classes whose precision-recall curves have colors
 
 def make_overview(analysis: Analysis) -> str:
     """Return the first screen: where it fails, the metrics, the error breakdown and AP by size."""
-    sentences = "".join(f"<li>{escape(line)}</li>" for line in summarize(analysis))
+    sentences = "".join(f"<li>{escape(line)}</li>" for line in summarize_failures(analysis))
     metrics, tiles = analysis.metrics, ""
     for name in ("AP", "AP50", "AP75", "AR100", "mask_AP", "VOC_AP"):
         if name in metrics:

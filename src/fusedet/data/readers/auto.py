@@ -175,7 +175,7 @@ def _has_yaml(folder: DataFolder) -> bool:
 
 
 KNOWN = (
-    Layout("coco", coco_layout.has_usual_files, coco_layout.list_splits, _read_coco),
+    Layout("coco", coco_layout.has_usual_files, coco_layout.list_coco_splits, _read_coco),
     _voc(_has_voc_folders),
     _yolo(_has_yaml, _load_yaml),
 )
@@ -188,7 +188,7 @@ OTHERS = (
     _voc(_has_voc_xml),
     _records("labelme", list_labelme_files, read_labelme),
     _records("via", list_via_files, read_via),
-    Layout("coco", coco_layout.has_files, coco_layout.list_splits, _read_coco),
+    Layout("coco", coco_layout.has_files, coco_layout.list_coco_splits, _read_coco),
     _yolo(_has_class_list, _load_class_list),
 )
 """Layouts that are recognized by the content of files in any folder, where none of `KNOWN` is present."""

@@ -23,7 +23,7 @@ _OTHER_TASKS = ("person_keypoints_", "captions_", "stuff_", "panoptic_")
 _ROBOFLOW = "_annotations.coco.json"
 
 
-def list_splits(folder: DataFolder) -> dict[str, str]:
+def list_coco_splits(folder: DataFolder) -> dict[str, str]:
     """Return the splits and the json file of each."""
     return {name: str(file) for name, file in _find_files(folder).items()}
 

@@ -8,7 +8,7 @@ import timm
 from fusedet.config import BACKBONES
 from fusedet.errors import InputError
 from fusedet.interop.mmdetection.config_reader import ConfigReader
-from fusedet.interop.mmdetection.neck_config import FURTHER_NECKS, convert_dyhead
+from fusedet.interop.mmdetection.neck_config import NECK_CONVERTERS, convert_dyhead
 from fusedet.interop.mmdetection.timm_backbones import FAMILIES
 
 Tree = dict[str, Any]
@@ -126,9 +126,9 @@ def convert_necks(readers: list[ConfigReader], last_only: bool = False) -> tuple
     first, *others = readers
     if last_only:
         first.require_type("DilatedEncoder")
-    kind = first.require_type("FPN", "PAFPN", *FURTHER_NECKS)
-    if kind in FURTHER_NECKS and not others:
-        return FURTHER_NECKS[kind](first)
+    kind = first.require_type("FPN", "PAFPN", *NECK_CONVERTERS)
+    if kind in NECK_CONVERTERS and not others:
+        return NECK_CONVERTERS[kind](first)
     first.require_value("end_level", -1)
     first.require_value("no_norm_on_lateral", False)
     first.get_section("upsample_cfg").require_value("mode", "nearest")

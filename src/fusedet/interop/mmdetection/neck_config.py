@@ -56,7 +56,7 @@ def _convert_hrfpn(reader: ConfigReader) -> tuple[Any, Tree]:
     return "hrfpn", {"channels": reader.get_int("out_channels", 256), "finest": first, "coarsest": last}
 
 
-FURTHER_NECKS: dict[str, Callable[[ConfigReader], tuple[Any, Tree]]] = {
+NECK_CONVERTERS: dict[str, Callable[[ConfigReader], tuple[Any, Tree]]] = {
     "HRFPN": _convert_hrfpn,
     "NASFPN": _convert_nas_fpn,
     "DilatedEncoder": _convert_dilated_encoder,

@@ -10,7 +10,7 @@ from torch import Tensor
 from fusedet.config import Model
 from fusedet.errors import InputError, shorten_list
 from fusedet.interop.mmdetection.backbone_weights import STEMS, backbone_rules
-from fusedet.interop.mmdetection.weight_tables import FURTHER_NECKS, OUTPUTS, Rule
+from fusedet.interop.mmdetection.weight_tables import NECK_RULES, OUTPUTS, Rule
 
 Weights = dict[str, Tensor]
 
@@ -43,8 +43,8 @@ def build_rules(model: Model, levels: int) -> list[Rule]:
 
 
 def _neck_rules(kind: Any, options: Mapping[str, Any], levels: int) -> list[Rule]:
-    if kind in FURTHER_NECKS:
-        return FURTHER_NECKS[kind]
+    if kind in NECK_RULES:
+        return NECK_RULES[kind]
     if kind == "identity":  # no neck at all
         return []
     if kind == "bfp":
@@ -53,7 +53,7 @@ def _neck_rules(kind: Any, options: Mapping[str, Any], levels: int) -> list[Rule
         return [(r"refine\.conv_out\.conv\.", "refine.out."), (r"refine\.(g|theta|phi)\.conv\.", r"refine.\1.")]
     if kind not in ("fpn", "pafpn"):
         raise InputError(
-            f"model.neck '{kind}' does not exist in MMDetection: fpn, pafpn, bfp, {', '.join(FURTHER_NECKS)} do"
+            f"model.neck '{kind}' does not exist in MMDetection: fpn, pafpn, bfp, {', '.join(NECK_RULES)} do"
         )
     inner = "fpn." if kind == "pafpn" else ""
     rules: list[Rule] = []

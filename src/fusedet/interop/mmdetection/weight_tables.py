@@ -74,7 +74,7 @@ OUTPUTS: dict[str, list[Rule]] = {
         (r"^bbox_head\.moment_transfer$", "head.moment_transfer"),
     ],
 }
-FURTHER_NECKS: dict[str, list[Rule]] = {
+NECK_RULES: dict[str, list[Rule]] = {
     "hrfpn": [(r"reduction_conv\.conv\.", "reduction."), (r"fpn_convs\.(\d+)\.conv\.", r"output.\1.")],
     "dyhead": [
         (r"dyhead_blocks\.(\d+)\.spatial_conv_high\.", r"blocks.\1.coarser."),
