@@ -166,7 +166,7 @@ def test_a_class_without_objects_is_reported(capsys: Capture, scenes: Path, tmp_
 
     data = edited(scenes, tmp_path, without_squares)
     assert cli.run(train(data, tmp_path / "out")) == 0
-    has(capsys.readouterr().out, "no training object of square: it will not be detected")
+    has(capsys.readouterr().out, "no training annotation of square: it will not be detected")
     assert cli.run(["doctor", f"data={data}"]) == 0
     has(capsys.readouterr().out, "no annotation of class square")
 

@@ -431,7 +431,7 @@ def test_background_is_counted(tmp_path: Path, dataset_format: str) -> None:
     from fusedet.api.train_inputs import open_data
 
     open_data(fusedet.resolve_config("retinanet_r18_small", [f"data={root}"]), said.append)
-    assert said[0].startswith("train: 6 images (1 without objects), 10 objects")
+    assert said[0].startswith("train: 6 images (1 without annotations), 10 annotations")
 
 
 def test_case_of_heic_images(shared: Path) -> None:

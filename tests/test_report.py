@@ -224,8 +224,8 @@ def test_sentences_name_the_worst() -> None:
     many = dataset([[(A, 0, False), (B, 1, False)]] * 12)
     perfect_cats = [result(i + 1, 7, A, 0.9) for i in range(12)]
     lines = summarize_failures(analyze_run(many, perfect_cats, evaluate_results(many, perfect_cats).metrics))
-    assert "By class, AP is lowest for dog: 0.000 (0.000 to 0.000) on 12 objects." in lines
-    assert lines[0].startswith("Missed objects cost the most: without these 12 errors AP50 would rise from 0.500 by")
+    assert "By class, AP is lowest for dog: 0.000 (0.000 to 0.000) on 12 instances." in lines
+    assert lines[0].startswith("Missed instances cost the most: without these 12 errors AP50 would rise from 0.500 by")
 
 
 # -- the page

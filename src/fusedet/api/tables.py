@@ -29,14 +29,14 @@ def metrics_table(metrics: Mapping[str, Any], title: str) -> RenderableType:
             table.add_row(f"{name}AP@{limit}", *(format_number(metrics[f"{kind}{k}@{limit}"]) for k in names))
             recall = [format_number(metrics[f"{kind}{k}@{limit}"]) for k in ("AR", "ARs", "ARm", "ARl")]
             table.add_row(f"{name}AR@{limit}", recall[0], "", "", *recall[1:])
-    bins = _table("size in pixels", "objects", "AP", "AR")
+    bins = _table("size in pixels", "instances", "AP", "AR")
     for row in metrics.get("size_bins", ()):
         values = map(format_number, (row["AP"], row["AR"]))
         bins.add_row(f"{row['from']:g} to {row['to']:g}", f"{row['objects']:,}", *values)
     extra = [name for name in ("VOC_AP", "VOC_AP_11_point") if name in metrics]
     line = "  ".join(f"{name.replace('_', ' ')} {format_number(metrics[name])}" for name in extra)
     columns = [key for key in (metrics["classes"] or [{}])[0] if key not in ("name", "images", "objects")]
-    classes = _table("class", "images", "objects", *(name.replace("_", " ") for name in columns))
+    classes = _table("class", "images", "instances", *(name.replace("_", " ") for name in columns))
     for row in metrics["classes"]:
         values = map(format_number, (row[name] for name in columns))
         classes.add_row(escape(row["name"]), str(row["images"]), str(row["objects"]), *values)
@@ -79,7 +79,7 @@ def tiles_table(report: Mapping[str, Any]) -> RenderableType:
 def centers_table(classes: Sequence[Mapping[str, Any]]) -> RenderableType:
     """Return per class which share of its objects lies in each quarter of the image."""
     quarters = [name for name in classes[0] if name not in ("name", "objects")]
-    table = _table("class", "objects", *quarters)
+    table = _table("class", "instances", *quarters)
     for row in classes:
         shares = [f"{100 * row[name] / row['objects']:.1f} %" if row["objects"] else "-" for name in quarters]
         table.add_row(escape(row["name"]), f"{row['objects']:,}", *shares)

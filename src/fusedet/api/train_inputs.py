@@ -54,8 +54,8 @@ def open_data(config: Config, say: Callable[[str], None]) -> tuple[DetectionData
             findings.append(crowded)
         background = int((dataset.offsets.diff() == 0).sum())
         counts = (
-            f"{format_count(len(dataset), 'image')} ({background} without objects)",
-            format_count(len(dataset.labels), "object"),
+            f"{format_count(len(dataset), 'image')} ({background} without annotations)",
+            format_count(len(dataset.labels), "annotation"),
             format_count(len(dataset.names), "class"),
         )
         say(f"{split}: {', '.join(counts)} from {dataset.source}")
@@ -65,7 +65,10 @@ def open_data(config: Config, say: Callable[[str], None]) -> tuple[DetectionData
             if finding.kind != NO_ANNOTATIONS:  # said below, of the training split only
                 say(f"  warning: {finding.message}")
     if absent := [name for name, n in zip(label_classes(data), count_per_label(data)) if not n]:
-        say(f"  no training object of {', '.join(absent)}: {'it' if len(absent) == 1 else 'they'} will not be detected")
+        say(
+            f"  no training annotation of {', '.join(absent)}: {'it' if len(absent) == 1 else 'they'} will not be "
+            "detected"
+        )
     return data, val
 
 

@@ -165,9 +165,9 @@ ERROR_TEXTS = {
     "classification": "Classification errors (boxes of a wrong class)",
     "localization": "Localization errors (badly placed boxes)",
     "both": "Errors of localization and class",
-    "duplicate": "Duplicates (second boxes on one object)",
-    "background": "Background errors (boxes where no object is)",
-    "missed": "Missed objects",
+    "duplicate": "Duplicates (second boxes on one instance)",
+    "background": "Background errors (boxes where no instance is)",
+    "missed": "Missed instances",
 }
 
 
@@ -187,7 +187,7 @@ def summarize_failures(analysis: Analysis) -> list[str]:
         worst, best = min(sizes, key=lambda size: size.ap), max(sizes, key=lambda size: size.ap)
         text.append(
             f"By object size, AP is lowest for {worst.name}: {worst.ap:.3f}{_interval(worst.low, worst.high)} on "
-            f"{worst.objects:,} objects, and highest for {best.name}: {best.ap:.3f}."
+            f"{worst.objects:,} instances, and highest for {best.name}: {best.ap:.3f}."
         )
     own = enumerate(analysis.metrics["classes"])
     classes = [(row["AP"], k) for k, row in own if row["objects"] >= FEWEST and math.isfinite(row["AP"])]
@@ -195,7 +195,7 @@ def summarize_failures(analysis: Analysis) -> list[str]:
         ap, k = min(classes)
         row = analysis.metrics["classes"][k]
         ends = _interval(*analysis.class_intervals[k])
-        text.append(f"By class, AP is lowest for {row['name']}: {ap:.3f}{ends} on {row['objects']:,} objects.")
+        text.append(f"By class, AP is lowest for {row['name']}: {ap:.3f}{ends} on {row['objects']:,} instances.")
     return text
 
 

@@ -128,7 +128,7 @@ def draw_intervals(rows: Sequence[tuple[str, float, float, float]], label: str) 
         if math.isfinite(value):
             lines += f'<circle cx="{left + scale * value:.1f}" cy="{y}" r="4.5" fill="{class_hex(0)}"/>'
         else:
-            lines += f'<text x="{left + 6}" y="{y + 4:.1f}" class="faint">no objects</text>'
+            lines += f'<text x="{left + 6}" y="{y + 4:.1f}" class="faint">no instances</text>'
     lines += f'<text x="{left + (_WIDTH - left - 16) / 2}" y="{floor + 33}" text-anchor="middle">{escape(label)}</text>'
     return _wrap(lines, label, height)
 

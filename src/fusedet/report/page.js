@@ -14,8 +14,8 @@
 
   function fillKinds(threshold) {
     const numbers = Object.fromEntries(Object.entries(counts.kinds).map(([k, own]) => [k, countFrom(own, threshold)]));
-    const objects = counts.objects.reduce((a, b) => a + b, 0);
-    numbers.missed = objects - numbers.correct - numbers.classification;
+    const instances = counts.objects.reduce((a, b) => a + b, 0);
+    numbers.missed = instances - numbers.correct - numbers.classification;
     for (const [kind, n] of Object.entries(numbers)) setText(all(`[data-count="${kind}"]`), format(n));
   }
 

@@ -74,7 +74,7 @@ def render(analysis: Analysis, dataset: DetectionDataset, title: str, training: 
         origin: HTML of the origin of the metrics.
     """
     subtitle = (
-        f"{format_count(analysis.images, 'image')}, {format_count(analysis.objects, 'object')} of "
+        f"{format_count(analysis.images, 'image')}, {format_count(analysis.objects, 'instance')} of "
         f"{format_count(len(analysis.names), 'class')}"
     )
     links = (f'<a href="#{name}">{text}</a>' for name, text in _LINKS.items() if training or name != "training")

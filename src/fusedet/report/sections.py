@@ -33,7 +33,7 @@ def make_overview(analysis: Analysis) -> str:
     return (
         f'<section id="fails"><h2>Where it fails</h2><ul class="fails">{sentences}</ul><dl class="tiles">{tiles}</dl>'
         f'<div class="pair"><figure><h3>Error breakdown</h3>{_make_errors(analysis)}</figure>'
-        f"<figure><h3>AP by object size (objects)</h3>{sizes}</figure></div>"
+        f"<figure><h3>AP by object size (instances)</h3>{sizes}</figure></div>"
         + make_faint(
             f"Intervals are of 95 % over the {analysis.images:,} images, from {RESAMPLES} bootstrap resamples. "
             "An error costs what AP50 would gain without the errors of its type (TIDE); the gains do not add up."

@@ -24,12 +24,12 @@ from fusedet.report.gallery import Box, Thumbnail
 from fusedet.visualization.page import make_faint, make_section
 
 _NAMES = {
-    MISSED: ("Missed objects", "no detection matches the object"),
-    BACKGROUND: ("Background errors", f"no object of their class at IoU {NEAR:g} or more"),
-    DUPLICATE: ("Duplicates", "a second box on one object"),
-    LOCALIZATION: ("Localization errors", f"badly placed: IoU {NEAR:g} to 0.5 with an object of their class"),
-    CLASSIFICATION: ("Classification errors", "the box matches an object of another class"),
-    CORRECT: ("True positives", "the box matches an object of its class"),
+    MISSED: ("Missed instances", "no detection matches the instance"),
+    BACKGROUND: ("Background errors", f"no instance of their class at IoU {NEAR:g} or more"),
+    DUPLICATE: ("Duplicates", "a second box on one instance"),
+    LOCALIZATION: ("Localization errors", f"badly placed: IoU {NEAR:g} to 0.5 with an instance of their class"),
+    CLASSIFICATION: ("Classification errors", "the box matches an instance of another class"),
+    CORRECT: ("True positives", "the box matches an instance of its class"),
 }
 
 
@@ -52,7 +52,7 @@ def make_control(analysis: Analysis) -> str:
         '<div class="control"><label hidden>Score threshold '
         f'<input type="range" min="0" max="100" step="1" value="{DEFAULT}" id="threshold"></label>'
         f'<output id="at" for="threshold">{DEFAULT / 100:.2f}</output><span hidden>{jump}</span></div>'
-        f'<p>At this score threshold, of {objects:,} objects:</p><dl class="tiles">{numbers}</dl>'
+        f'<p>At this score threshold, of {objects:,} instances:</p><dl class="tiles">{numbers}</dl>'
     )
 
 
@@ -68,7 +68,7 @@ def make_classes(analysis: Analysis) -> str:
     head = [
         "class",
         "images",
-        "objects",
+        "instances",
         "AP",
         "95 % interval",
         "AP50",
@@ -143,9 +143,7 @@ def make_confusion(analysis: Analysis) -> str:
         f'<table class="confusion" id="confusion"><thead><tr><td></td>{head}</tr></thead><tbody>{lines}</tbody></table>'
     )
     grouped = len(analysis.names) > len(counts.rows)
-    note = (
-        "Rows are the objects' classes, columns the predicted ones, at IoU 0.5; the last row has the false detections."
-    )
+    note = "Rows are ground-truth classes, columns predicted ones, at IoU 0.5; the last row has the false detections."
     more = f" The {len(counts.rows) - 1} classes with the most errors; the others share a row and a column." * grouped
     return make_section("Confusion matrix", _make_scroll("Confusion matrix", table) + make_faint(note + more), "matrix")
 
@@ -174,8 +172,8 @@ def make_gallery(analysis: Analysis, dataset: DetectionDataset) -> str:
             f"{''.join(by_kind[kind])}</div></details>"
         )
     key = (
-        '<p class="faint">Boxes: <span class="swatch ground-truth"></span> the object, '
-        '<span class="swatch detection"></span> the detection, <span class="swatch other"></span> other objects. The '
+        '<p class="faint">Boxes: <span class="swatch ground-truth"></span> the instance, '
+        '<span class="swatch detection"></span> the detection, <span class="swatch other"></span> other instances. The '
         "gallery is a sample: of each kind the largest or surest of each class, and some of every score."
         + (f" {format_count(analysis.unread, 'image')} could not be read." if analysis.unread else "")
         + "</p>"
