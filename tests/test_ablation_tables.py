@@ -191,7 +191,7 @@ def test_unknown_tables(tmp_path: Path) -> None:
             "base: retinanet_tiny\noverrides: [train.epoch=1]\n",
             r"mine.yaml: unknown config key 'train.epoch'",
         ),
-        ("{label: a}", "", r"mine.yaml, row 'a' has no config: write base: MODEL"),
+        ("{label: a}", "", r"mine.yaml, row 'a' has no config: write base: CONFIG"),
     ],
 )
 def test_overrides_and_bases_refused_by_the_config(tmp_path: Path, row: str, head: str, message: str) -> None:

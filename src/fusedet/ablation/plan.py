@@ -67,20 +67,19 @@ class Run:
             return "absent"
         if not file.is_file():
             raise InputError(
-                f"{folder} is the run directory of row '{self.label}', but has other files: choose another out=FOLDER"
+                f"{folder} is the run directory of row '{self.label}', but has other files: choose another out=DIR"
             )
         stored, wanted = (_flatten(options.tree()) for options in (config.load(file), self.config))
         for key in sorted(stored.keys() | wanted.keys()):
             if key not in IRRELEVANT_KEYS and stored.get(key) != wanted.get(key):
                 raise InputError(
                     f"{folder} has a run with {key}={stored.get(key)}, but row '{self.label}' needs "
-                    f"{key}={wanted.get(key)}: choose another out=FOLDER, or use the same settings"
+                    f"{key}={wanted.get(key)}: choose another out=DIR, or use the same settings"
                 )
         prints = read_fingerprints(folder)
         if prints is not None and list(prints.values()) != [split.fingerprint() for split in data]:
             raise InputError(
-                f"{folder} was trained on other data than {data[0].source} and {data[1].source}: "
-                "choose another out=FOLDER"
+                f"{folder} was trained on other data than {data[0].source} and {data[1].source}: choose another out=DIR"
             )
         if (folder / FAILED).is_file():
             return "failed"

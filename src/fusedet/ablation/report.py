@@ -141,7 +141,7 @@ def _describe_origin(summary: Summary) -> str:
         rows.append(("training time unknown", f"{missing} runs, which were killed or have no record of it"))
     commands = "\n".join(shlex.join(command) for command in summary["commands"])
     folders = dict.fromkeys(shorten_path(run["folder"], keep=2) for run in runs if run["folder"] in trained)
-    again = "\n".join(shlex.join(["fusedet", "train", f"{folder}/config.yaml", "out=FOLDER"]) for folder in folders)
+    again = "\n".join(shlex.join(["fusedet", "train", f"{folder}/config.yaml", "out=DIR"]) for folder in folders)
     text = make_plain_table(rows) + f"<p>The table:</p><pre><code>{escape(commands)}</code></pre>"
     return text + (
         f"<details><summary>Repeat one run</summary><pre><code>{escape(again)}</code></pre></details>" if again else ""

@@ -61,7 +61,7 @@ class Row(Declaration):
             if name.removeprefix(DELTA) not in METRICS:
                 raise make_unknown_error("metric", name, METRICS, of="published")
         if self.is_only_cited and self.overrides:
-            raise InputError("a cited row without a base is not run, leave out overrides, or write base: MODEL")
+            raise InputError("a cited row without a base is not run, leave out overrides, or write base: CONFIG")
         if self.cited and not self.published:
             raise InputError("a cited row needs published metrics, such as published: {AP: 36.4}")
         return self
@@ -90,7 +90,7 @@ class Row(Declaration):
         base = self.base or table.base
         if base is None:
             raise InputError(
-                f"{table.source}, row '{self.label}' has no config: write base: MODEL in the row or above the rows"
+                f"{table.source}, row '{self.label}' has no config: write base: CONFIG in the row or above the rows"
             )
         where = f"{table.source}, row '{self.label}'"
         with prefix_errors(where if self.base else table.source):

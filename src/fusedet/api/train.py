@@ -141,7 +141,7 @@ def _check_config(config: Config, resume: bool) -> tuple[Path, bool]:
     """Return the run directory, and whether it has a checkpoint to resume."""
     _require_data(config.data.path)
     if config.out is None:
-        raise InputError("no output directory: add out=FOLDER")
+        raise InputError("no output directory: add out=DIR")
     out = Path(config.out)
     is_begun = resume and (out / "last.ckpt").is_file()
     if resume and not is_begun and not (out / "config.yaml").is_file():
