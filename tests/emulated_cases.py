@@ -100,7 +100,7 @@ def run_detector(name: str, *overrides: str) -> dict[str, Any]:
         for n, batch in batches.items():
             module = copy.deepcopy(detector).to("cuda")
             device.occurrences.clear()
-            found = module.eval().predict(batch)
+            observed = module.eval().predict(batch)
             waits["predict"][n] = device.waits()
             optimizer = torch.optim.AdamW(module.train().parameters())
             device.occurrences.clear()
@@ -114,7 +114,7 @@ def run_detector(name: str, *overrides: str) -> dict[str, Any]:
             notes = device.waits("note")
             if n == 2:
                 differences = {
-                    "detections": difference(listed(found), listed(detections)),
+                    "detections": difference(listed(observed), listed(detections)),
                     "losses": difference(terms.values(), losses.values()),
                 }
     return {
@@ -213,10 +213,10 @@ def run_faults() -> dict[str, Any]:
             except (RuntimeError, TypeError) as error:
                 signs.append(f"refused: {error}")
                 loss = None
-            found = {kind: device.waits(kind) for kind in ("wait", "note", "copy")}
+            observed = {kind: device.waits(kind) for kind in ("wait", "note", "copy")}
             if name == "none":
-                usual = found
-            for kind, counter in found.items():
+                usual = observed
+            for kind, counter in observed.items():
                 signs += [f"{kind}: {what}" for what, _ in counter - usual.get(kind, Counter())]
             if loss is not None and not math.isfinite(loss.item()):
                 signs.append("wrong: the loss is not finite")

@@ -96,8 +96,8 @@ def batch(*targets: Target, size: tuple[int, int] = (64, 96)) -> Batch:
 
 def objects(boxes: list, labels: list | None = None) -> Target:
     """Boxes (x1, y1, x2, y2), of class 0 by default."""
-    found = torch.tensor(boxes, dtype=torch.float).reshape(-1, 4)
-    return Target(found, torch.tensor(labels or [0] * len(found), dtype=torch.int64))
+    box_tensor = torch.tensor(boxes, dtype=torch.float).reshape(-1, 4)
+    return Target(box_tensor, torch.tensor(labels or [0] * len(box_tensor), dtype=torch.int64))
 
 
 def many(count: int, width: float, height: float) -> Target:
@@ -169,11 +169,11 @@ def detect(detector: Any, images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
     return tuple(x for x in detector.detect(images, sizes) if x is not None)
 
 
-def check_export(module: nn.Module, inputs: tuple[Any, ...], others: tuple[Any, ...], atol: float = 1e-4) -> Any:
-    """Export a module with some inputs, compare the program with it on others, and return the module's outputs."""
+def check_export(module: nn.Module, inputs: tuple[Any, ...], other_inputs: tuple[Any, ...], atol: float = 1e-4) -> Any:
+    """Export a module, compare the program with it on other inputs, and return the module's outputs."""
     exported = torch.export.export(module, inputs, strict=False).module()
     with torch.no_grad():
-        ours, theirs = module(*others), exported(*others)
+        ours, theirs = module(*other_inputs), exported(*other_inputs)
     pairs = [(ours, theirs)] if isinstance(ours, Tensor) else zip(ours, theirs, strict=True)
     assert all(torch.allclose(a.float(), b.float(), atol=atol) for a, b in pairs)
     return ours

@@ -163,13 +163,13 @@ def check_voc(seed: int, count: int) -> None:
     """A valid VOC folder with some bytes of its annotations and its list changed."""
     rng = random.Random(seed)
     one = xml(("dog", 1, 1, 10, 20, 0), ("cat", 5.5, 6.5, 8.5, 9.5, 1)).encode()
-    words = b"1 nan -1e999 <a> </object> <bndbox> <object><name>x</name></object> \xd9\xa3".split()
-    words += [b"", b"9" * 400]
+    tokens = b"1 nan -1e999 <a> </object> <bndbox> <object><name>x</name></object> \xd9\xa3".split()
+    tokens += [b"", b"9" * 400]
     listed = b"a\nb\n"
     for _ in range(count):
         if rng.random() < 0.5 and one:
             begin = one.find(b">", rng.randrange(len(one))) + 1
-            one = one[:begin] + rng.choice(words) + one[one.find(b"<", begin) if rng.random() < 0.7 else begin :]
+            one = one[:begin] + rng.choice(tokens) + one[one.find(b"<", begin) if rng.random() < 0.7 else begin :]
         elif rng.random() < 0.8:
             one = damaged(one, rng)
         else:

@@ -129,8 +129,8 @@ def test_losses_and_fusion_are_their_literal_form() -> None:
         targets = [Target(t.boxes.double(), t.labels) for t in targets]
         coarse = FCOSHead.decode(head, outputs)
         # an instance on a predicted box, and one near another, so that there are border positives
-        found = coarse.boxes[0].detach()[[17, 40]] + torch.tensor([[0.0, 0, 0, 0], [-0.5, -0.5, 1, 1]])
-        targets[0] = Target(torch.cat([targets[0].boxes, found]), torch.tensor([0, 1, 2, 0]))
+        refined = coarse.boxes[0].detach()[[17, 40]] + torch.tensor([[0.0, 0, 0, 0], [-0.5, -0.5, 1, 1]])
+        targets[0] = Target(torch.cat([targets[0].boxes, refined]), torch.tensor([0, 1, 2, 0]))
         losses = head.loss(outputs, targets)
         assert {k: float(v.detach()) for k, v in FCOSHead.loss(head, outputs, targets).items()} == pytest.approx(
             {k: float(losses[k].detach()) for k in ("loss_cls", "loss_box", "loss_centerness")}

@@ -192,9 +192,9 @@ def test_detections_of_each_class_reach_its_threshold() -> None:
     sizes = torch.tensor([[100, 100]])
 
     def select(score: Any) -> set[tuple[int, float]]:
-        found = select_detections(candidates, sizes, [40], score=score, iou=1.0)
-        count = int(found.counts[0])
-        return set(zip(found.labels[0, :count].tolist(), found.scores[0, :count].tolist()))
+        detected = select_detections(candidates, sizes, [40], score=score, iou=1.0)
+        count = int(detected.counts[0])
+        return set(zip(detected.labels[0, :count].tolist(), detected.scores[0, :count].tolist()))
 
     limits = [0.2, 0.9, 0.5]
     everything = select(0.1)
@@ -277,12 +277,12 @@ def test_cam_goes_on_past_an_image_without_detections(
     calls = iter([False, True])
 
     def predict(self: Predictor, source: Any, batch: int = 1) -> Any:
-        found = original(self, source, batch)
-        assert isinstance(found, fusedet.Prediction)
+        detected = original(self, source, batch)
+        assert isinstance(detected, fusedet.Prediction)
         if next(calls):
-            return found
+            return detected
         empty = torch.zeros(0)
-        return fusedet.Prediction(empty.reshape(0, 4), empty, empty.long(), names=self.names, image=found.image)
+        return fusedet.Prediction(empty.reshape(0, 4), empty, empty.long(), names=self.names, image=detected.image)
 
     monkeypatch.setattr(Predictor, "predict", predict)
     result = fusedet.cam(trained, images, score=0.0, out=tmp_path / "cam")

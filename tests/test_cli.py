@@ -161,7 +161,9 @@ def test_val_of_run_checkpoint_and_results_agree(
         # training scores with batch norms, val with folded ones: near ties may change places
         assert [r["image_id"] for r in again] == [r["image_id"] for r in results], name
         assert [r["score"] for r in again] == pytest.approx([r["score"] for r in results], abs=1e-5), name
-        now, before = (Counter((r["image_id"], r["category_id"]) for r in found) for found in (again, results))
+        now, before = (
+            Counter((r["image_id"], r["category_id"]) for r in results_of_run) for results_of_run in (again, results)
+        )
         moved = Counter(image for image, _ in (now - before).elements())
         assert max(moved.values(), default=0) <= 1, f"{name}: only the last of 100 may be another one"
         assert result["stamp"]["data"] == by_training["stamp"]["data"]

@@ -254,7 +254,7 @@ def test_the_weights_of_a_run_name_no_class(
     options = [f"data={scenes}", *SMALL, "test.max_det=7"]
     cell = Run("a row", config.load("retinanet_tiny", [*options, f"out={tmp_path / 'scored'}"]), run)
     worker.score_trained_weights(cell, lambda text: None)
-    most = [max(Counter(one["image_id"] for one in found).values()) for found in reported]
+    most = [max(Counter(one["image_id"] for one in results).values()) for results in reported]
     assert most[0] > most[1] == 7
     cost.measure_prediction({"a row": cell}, read_dataset(scenes, "val"), torch.device("cpu"), seconds=0)
     assert not ran.exists()

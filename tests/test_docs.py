@@ -44,17 +44,17 @@ def snippets() -> list[Any]:
 
 def counts() -> list[Any]:
     """Config, overrides and printed count of every row of the tables "`CONFIG` with | trainable"."""
-    found = []
+    collected = []
     for page in PAGES:
         for head, rows in tables(page):
             if match := re.fullmatch(r"`(.+)` with", head[0]):
                 name, *common = shlex.split(match[1])
-                found += [
+                collected += [
                     (name, (*common, *shlex.split(row[0].strip("`"))), int(row[1].replace(",", ""))) for row in rows
                 ]
     return [
         pytest.param(*row, id=" ".join([row[0], *row[1]]), marks=pytest.mark.slow if i % 2 else ())
-        for i, row in enumerate(dict.fromkeys(found))
+        for i, row in enumerate(dict.fromkeys(collected))
     ]
 
 
@@ -105,7 +105,7 @@ QUICK = (
 
 def multiply_adds() -> list[Any]:
     """Config, overrides of the first row, of another one, and what that one prints in the column "multiply-adds, G"."""
-    found = []
+    collected = []
     for page in PAGES:
         for head, (first, *others) in tables(page):
             if "multiply-adds, G" in head:
@@ -113,7 +113,7 @@ def multiply_adds() -> list[Any]:
                 place, said = head.index("multiply-adds, G"), lambda row: (*common, *shlex.split(row[0].strip("`")))  # noqa: B023
                 assert not first[place]
                 quick = next(row for text in QUICK for row in others if text in row[0])
-                found += [
+                collected += [
                     pytest.param(
                         name,
                         said(first),
@@ -124,8 +124,8 @@ def multiply_adds() -> list[Any]:
                     )
                     for row in others
                 ]
-    assert len(found) > 25
-    return found
+    assert len(collected) > 25
+    return collected
 
 
 @pytest.mark.parametrize(("name", "without", "overrides", "printed"), multiply_adds())
@@ -178,8 +178,8 @@ def test_other_necks() -> None:
         kind = next(k for k in sorted(NECKS, key=len, reverse=True) if k in row[0].replace("[fpn,", ""))
         said.setdefault(kind, {}).update({k: yaml.safe_load(v) for k, v in re.findall(r"`(\w+)` \(`([^`]+)`", row[2])})
     assert set(said) | {"mse_fpn", "smsl"} == set(NECKS)
-    for kind, found in said.items():
-        assert found == options(NECKS[kind]), kind
+    for kind, collected in said.items():
+        assert collected == options(NECKS[kind]), kind
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
@@ -199,13 +199,13 @@ def test_drawings() -> None:
         drawing = code["read_drawing"](entries)
         figure = code["draw_figure"](drawing)
         ax = figure.axes[0]
-        found = [(t, t.get_window_extent().transformed(ax.transData.inverted())) for t in ax.texts if t.get_text()]
+        collected = [(t, t.get_window_extent().transformed(ax.transData.inverted())) for t in ax.texts if t.get_text()]
         for b in drawing.boxes:
             if b.text and b.kind in code["KINDS"]:
-                (text,) = [e for t, e in found if t.get_position() == (b.x, b.y) and t.get_text() == b.text]
+                (text,) = [e for t, e in collected if t.get_position() == (b.x, b.y) and t.get_text() == b.text]
                 inside = b.x - b.w / 2 <= text.x0 and text.x1 <= b.x + b.w / 2 and abs(text.height) <= b.h
                 assert inside, f"{name}: the text of {b.name} leaves its box"
-        for i, (text, here) in enumerate(found):
+        for i, (text, here) in enumerate(collected):
             seen = (
                 here.x0 >= 0
                 and here.x1 <= code["WIDTH"]
@@ -213,5 +213,5 @@ def test_drawings() -> None:
                 and max(here.y0, here.y1) <= drawing.height
             )
             assert seen, f"{name}: '{text.get_text()}' leaves the image"
-            met = [other.get_text() for other, there in found[i + 1 :] if here.overlaps(there)]
+            met = [other.get_text() for other, there in collected[i + 1 :] if here.overlaps(there)]
             assert not met, f"{name}: '{text.get_text()}' meets {met}"

@@ -29,14 +29,14 @@ NECK = {"type": "FPN", "start_level": 1, "add_extra_convs": "on_input", "num_out
 CODER = {"type": "DeltaXYWHBBoxCoder", "target_stds": [1.0] * 4, "add_ctr_clamp": True, "ctr_clamp": 20}
 
 
-def detector(head: dict[str, Any], **others: Any) -> dict[str, Any]:
+def detector(head: dict[str, Any], **parts: Any) -> dict[str, Any]:
     """MMDetection's config with a head and the parts given."""
     model = {"type": "SingleStageDetector", "backbone": {"type": "ResNet", "depth": 18}, "neck": NECK}
-    return {"model": model | {"bbox_head": head} | others}
+    return {"model": model | {"bbox_head": head} | parts}
 
 
-def convert_head(head: dict[str, Any], **others: Any) -> dict[str, Any]:
-    tree = convert_config(detector(head, **others), {}).tree
+def convert_head(head: dict[str, Any], **parts: Any) -> dict[str, Any]:
+    tree = convert_config(detector(head, **parts), {}).tree
     return dict(tree["model"]["head"])
 
 
@@ -79,7 +79,7 @@ def test_options_of_the_heads() -> None:
 
 
 @pytest.mark.parametrize(
-    ("head", "others", "message"),
+    ("head", "parts", "message"),
     [
         ({"type": "FoveaHead", "base_edge_list": [16, 32, 64, 128, 200]}, {}, "base_edge_list"),
         ({"type": "FoveaHead", "base_edge_list": []}, {}, r"base_edge_list=\[\]"),
@@ -98,9 +98,9 @@ def test_options_of_the_heads() -> None:
         ({"type": "RetinaHead"}, {"test_cfg": {"nms": {"type": "soft_nms", "method": "naive"}}}, "method='naive'"),
     ],
 )
-def test_what_has_no_counterpart_is_refused(head: dict[str, Any], others: dict[str, Any], message: str) -> None:
+def test_what_has_no_counterpart_is_refused(head: dict[str, Any], parts: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        convert_head(head, **others)
+        convert_head(head, **parts)
 
 
 def test_necks() -> None:

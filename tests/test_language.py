@@ -42,21 +42,27 @@ BRITISH = (
     "is(?:e|ing|ation)"
 )
 """British spelling, anywhere in a word; American is the field's."""
-IDENTIFIERS = {"told", "bare", "look", "found", "Found", "Records"}
+IDENTIFIERS = {"told", "bare", "look", "found", "Found", "Records", "words", "views", "owner", "owners"}
 PARAMETERS = {"one", "others"}
 ALLOWED = {
     r"\boutline=|\.outline\b": "Pillow's and matplotlib's own name of a border",
     r"\w+(\(\w*\))?\\?\.body\b|\\?\.body\\?\.": "timm's model inside the backbone, part of checkpoint keys as in torchvision; ast's field",
     r"\bbody=": "ast's field",
-    r"\bget\(\"body\"": "ASGI's field",
-    r"</?body\b|\bbody[ ,{]+(\.|font|margin)": "HTML's element",
+    r"\bget\(\"body\"|\bbody: form\b": "ASGI's field and that of a request in a browser",
+    r"</?body\b|\bbody[ ,{]+(\.|font|margin)|\bbody\.dragging": "HTML's element",
+    r"\boutline(-offset)?:": "CSS's property",
+    r"\baria-labelledby\b": "HTML's attribute",
 }
 """Fragments that may stand, each with its reason."""
 
 SOURCES = sorted((ROOT / "src").rglob("*.py")) + sorted((ROOT / "src").rglob("*.yaml"))
 PAGES = [
     *sorted((ROOT / "docs").rglob("*.md")),
-    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "Makefile")),
+    *(path for path in sorted((ROOT / "examples").rglob("*")) if path.suffix in (".md", ".py", ".ipynb")),
+    *sorted((ROOT / "benchmarks").glob("*.py")),
+    *sorted((ROOT / "src/fusedet/app/static").iterdir()),
+    *sorted((ROOT / "src/fusedet/report").glob("page.*s")),
 ]
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
@@ -94,35 +100,37 @@ def find_identifiers(tree: ast.AST) -> Iterator[str]:
 def test_identifiers() -> None:
     assert not [
         line
-        for path in SOURCES
+        for path in (*SOURCES, *PAGES, *TESTS)
         if path.suffix == ".py"
         for line in list_lines(path, find_identifiers(parse_source(path)))
     ]
 
 
-def test_test_names() -> None:
+def test_names_and_docstrings_of_tests() -> None:
     wrong = []
     for path in TESTS:
-        names = re.findall(r"^\s*def (test_\w+)", path.read_text(), re.MULTILINE)
-        words = "\n".join(name.replace("_", " ") for name in (path.stem, *names))
-        wrong += list_lines(path, find_forbidden(words))
+        texts = [path.stem.replace("_", " ")]
+        for node in ast.walk(parse_source(path)):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                texts += [getattr(node, "name", "").replace("_", " "), ast.get_docstring(node) or ""]
+        wrong += list_lines(path, find_forbidden("\n".join(texts)))
     assert not wrong
 
 
 def list_commands() -> list[tuple[str, ...]]:
-    """Every command and group of the command line as the words that call it."""
+    """Every command and group of the command line as the arguments that call it."""
 
-    def visit(command: object, words: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-        yield words
+    def visit(command: object, arguments: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+        yield arguments
         for name, child in getattr(command, "commands", {}).items():
-            yield from visit(child, (*words, name))
+            yield from visit(child, (*arguments, name))
 
     return list(visit(get_command(app), ()))
 
 
-@pytest.mark.parametrize("words", list_commands(), ids=lambda words: " ".join(words) or "fusedet")
-def test_help_texts(words: tuple[str, ...]) -> None:
-    result = CliRunner().invoke(app, [*words, "--help"])
+@pytest.mark.parametrize("arguments", list_commands(), ids=lambda arguments: " ".join(arguments) or "fusedet")
+def test_help_texts(arguments: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(app, [*arguments, "--help"])
     assert result.exit_code == 0
     assert not list(find_forbidden(result.output))
 

@@ -38,15 +38,15 @@ LAYER_OF = {own: i for i, packages in enumerate(LAYERS) for own in packages}
 @cache
 def imports(path: Path) -> set[str]:
     """The modules of the package that a file imports, anywhere in it, as dotted paths below the package."""
-    found = set()
+    imported = set()
     for node in ast.walk(parse_source(path)):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "fusedet":
             inside = node.module.split(".")[1:]
             names = [".".join([*inside, alias.name]) for alias in node.names]
-            found |= {n if is_module(n) else ".".join(inside) for n in names} - {""}
+            imported |= {n if is_module(n) else ".".join(inside) for n in names} - {""}
         elif isinstance(node, ast.Import):
-            found |= {a.name.partition(".")[2] for a in node.names if a.name.startswith("fusedet.")}
-    return found
+            imported |= {a.name.partition(".")[2] for a in node.names if a.name.startswith("fusedet.")}
+    return imported
 
 
 def is_module(name: str) -> bool:

@@ -69,16 +69,16 @@ def test_scoring_prints_masks_too(run: Path, capsys: pytest.CaptureFixture[str])
 
 def test_predictions_hold_masks(run: Path, scenes: Path, tmp_path: Path) -> None:
     path = next((scenes).rglob("*.jpg"))
-    found = fusedet.load(run, "test.score=0", device="cpu").predict(path)
+    predicted = fusedet.load(run, "test.score=0", device="cpu").predict(path)
     width, height = Image.open(path).size
-    assert found.masks.shape == (len(found), height, width)
-    assert found.masks.dtype == torch.bool
-    assert len(found) > 0
-    assert found.plot(score=0).tobytes() != Image.open(path).convert("RGB").tobytes()
+    assert predicted.masks.shape == (len(predicted), height, width)
+    assert predicted.masks.dtype == torch.bool
+    assert len(predicted) > 0
+    assert predicted.plot(score=0).tobytes() != Image.open(path).convert("RGB").tobytes()
     out = tmp_path / "found"
     assert cli.run(["predict", str(run), str(path), f"out={out}", "test.score=0", "device=cpu"]) == 0
     written = json.loads((out / "predictions.json").read_text())["annotations"]
-    for one, mask in zip(written, found.masks, strict=True):
+    for one, mask in zip(written, predicted.masks, strict=True):
         assert np.array_equal(coco_mask.decode(one["segmentation"]).astype(bool), mask.numpy())
         assert one["area"] == int(mask.sum())
 
@@ -96,10 +96,10 @@ def test_masks_are_pasted_in_the_images_own_pixels(run: Path, monkeypatch: pytes
 
     monkeypatch.setattr(model.detector, "detect", fake)
     for height, width in ((40, 50), (400, 500), (64, 96)):
-        found = model.predict(np.zeros((height, width, 3), np.uint8))
-        assert found.masks.shape == (1, height, width)
-        assert torch.equal(found.masks[0, height // 4], torch.arange(width) < width // 2)
-        assert torch.equal(found.masks[0, :, width // 4], torch.arange(height) < height // 2)
+        predicted = model.predict(np.zeros((height, width, 3), np.uint8))
+        assert predicted.masks.shape == (1, height, width)
+        assert torch.equal(predicted.masks[0, height // 4], torch.arange(width) < width // 2)
+        assert torch.equal(predicted.masks[0, :, width // 4], torch.arange(height) < height // 2)
 
 
 class Knowing(torch.nn.Module):
@@ -136,8 +136,8 @@ def test_what_is_known_scores_well(scenes: Path) -> None:
 
 def test_results_in_cocos_form_are_the_masks() -> None:
     masks = torch.rand(3, 7, 5) < 0.5
-    found = Detections(torch.rand(3, 4), torch.rand(3), torch.zeros(3, dtype=torch.int64), masks)
-    for mask, result in zip(masks, found.to_coco()):
+    predicted = Detections(torch.rand(3, 4), torch.rand(3), torch.zeros(3, dtype=torch.int64), masks)
+    for mask, result in zip(masks, predicted.to_coco()):
         assert json.loads(json.dumps(result))["segmentation"]["size"] == [7, 5]
         assert np.array_equal(coco_mask.decode(result["segmentation"]).astype(bool), mask.numpy())
     none = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64), masks[:0])

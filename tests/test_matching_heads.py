@@ -43,12 +43,12 @@ def test_uniform_matches_by_hand() -> None:
     predicted[4] = predicted[5] = target.boxes[0]
     predicted[5, 2] += 1
     every = torch.ones(6, dtype=torch.bool)
-    found = UniformMatcher(topk=2, positive=0.15, negative=0.7).match(anchors, predicted, target, every)
+    matched = UniformMatcher(topk=2, positive=0.15, negative=0.7).match(anchors, predicted, target, every)
     # ranks in turn, the predicted box (0 and 4 are equally near) and the anchor
-    assert sorted(found.priors[0].tolist()) in ([0, 0, 1, 4], [0, 0, 1, 0, 4])
+    assert sorted(matched.priors[0].tolist()) in ([0, 0, 1, 4], [0, 0, 1, 0, 4])
     # of the matches only anchor 0 overlaps the instance; 5 is not matched, but its box overlaps by more than 0.7
-    assert found.assigned.tolist() == [0, -2, -1, -1, -2, -2]
-    assert found.priors[0][found.positive[0]].unique().tolist() == [0]
+    assert matched.assigned.tolist() == [0, -2, -1, -1, -2, -2]
+    assert matched.priors[0][matched.positive[0]].unique().tolist() == [0]
     valid = every.clone()
     valid[0] = False
     assert UniformMatcher(2).match(anchors, predicted, target, valid).assigned[0] == -2
@@ -58,9 +58,9 @@ def test_the_last_claim_counts() -> None:
     """One anchor, two instances: both claim it as predicted box and as anchor, the later instance takes it."""
     anchors = torch.tensor([[0.0, 0, 10, 10]])
     target = objects([[0, 0, 10, 9], [0, 0, 9, 10]], [0, 1])
-    found = UniformMatcher(1).match(anchors, anchors, target, torch.ones(1, dtype=torch.bool))
-    assert found.assigned.tolist() == [1]
-    assert found.positive.all()
+    matched = UniformMatcher(1).match(anchors, anchors, target, torch.ones(1, dtype=torch.bool))
+    assert matched.assigned.tolist() == [1]
+    assert matched.positive.all()
 
 
 def test_yolof_logits_are_those_of_the_product() -> None:
@@ -84,11 +84,11 @@ def test_yolof_box_loss_is_its_literal_form() -> None:
         boxes = head.decode(outputs).boxes
         total, count = torch.zeros(()), 0
         for n, target in enumerate(targets):
-            found = head.matcher.match(
+            matched = head.matcher.match(
                 outputs.priors.boxes, boxes[n].detach(), target, torch.ones(len(outputs.priors), dtype=torch.bool)
             )
-            count += max(1, int((found.assigned >= 0).sum()))
-            for box, rows in zip(target.boxes, found.priors):
+            count += max(1, int((matched.assigned >= 0).sum()))
+            for box, rows in zip(target.boxes, matched.priors):
                 assert len(rows) == 8
                 for row in rows.tolist():
                     if box_iou(outputs.priors.boxes[row, None], box[None])[0, 0] >= 0.15:

@@ -53,9 +53,9 @@ def match_greedily(
 ) -> np.ndarray:
     """What `match_images` does in one image, detection by detection; the index of an instance is that in `gt_boxes`."""
 
-    def intersect(others: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        sides = np.minimum(boxes[:, None, 2:], others[:, 2:]) - np.maximum(boxes[:, None, :2], others[:, :2])
-        areas = ((own[:, 2:] - own[:, :2]).prod(axis=1) for own in (boxes, others))
+    def intersect(other_boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        sides = np.minimum(boxes[:, None, 2:], other_boxes[:, 2:]) - np.maximum(boxes[:, None, :2], other_boxes[:, :2])
+        areas = ((own[:, 2:] - own[:, :2]).prod(axis=1) for own in (boxes, other_boxes))
         return sides.clip(min=0).prod(axis=2), *areas
 
     matches = np.full(len(boxes), FALSE_POSITIVE)

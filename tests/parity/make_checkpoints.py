@@ -106,14 +106,14 @@ def make(name: str, configs: Path) -> dict[str, Any]:
         data = model.data_preprocessor(
             {"inputs": [torch.from_numpy(bgr).permute(2, 0, 1)], "data_samples": [sample]}, False
         )
-        found = model.predict(data["inputs"], data["data_samples"], rescale=False)[0].pred_instances
+        instances = model.predict(data["inputs"], data["data_samples"], rescale=False)[0].pred_instances
     predictions = {
-        "boxes": [[round(v, 3) for v in box] for box in found.bboxes.tolist()],
-        "scores": [round(v, 6) for v in found.scores.tolist()],
-        "labels": found.labels.tolist(),
+        "boxes": [[round(v, 3) for v in box] for box in instances.bboxes.tolist()],
+        "scores": [round(v, 6) for v in instances.scores.tolist()],
+        "labels": instances.labels.tolist(),
     }
-    if "masks" in found:
-        codes = coco_mask.encode(np.asfortranarray(found.masks.permute(1, 2, 0).numpy().astype(np.uint8)))
+    if "masks" in instances:
+        codes = coco_mask.encode(np.asfortranarray(instances.masks.permute(1, 2, 0).numpy().astype(np.uint8)))
         predictions["masks"] = [code["counts"].decode() for code in codes[::10]]  # of every tenth detection
     return {
         "mmdet_config": file,
