@@ -16,7 +16,8 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 
 from fusedet import config, evaluation
-from fusedet.api import train_inputs, validate
+from fusedet.api import train_inputs
+from fusedet.api.detector_evaluation import build_val_loader
 from fusedet.data.loader import build_train_loader
 from fusedet.engine.optim import lr_factor
 from fusedet.errors import InputError
@@ -68,7 +69,7 @@ def main() -> None:
         print(f"epoch {epoch + 1}/{given.epochs}, last loss {float(loss.detach()):.3f}", file=sys.stderr, flush=True)
     model.eval()
     results = []
-    for batch in validate.build_val_loader(options, test, 0, 1):
+    for batch in build_val_loader(options, test, 0, 1):
         with torch.no_grad():
             outputs = model(images(batch))
         for output, image_id, scale in zip(outputs, batch.ids, batch.scales):

@@ -5,7 +5,7 @@ import sys
 import torch
 
 from fusedet import read_dataset
-from fusedet.api.validate import detect
+from fusedet.api.detector_evaluation import detect
 from fusedet.data.loader import build_eval_loader, build_train_loader
 from fusedet.data.transforms import EvalTransform, TrainTransform
 from fusedet.evaluation.coco_metrics import evaluate_coco

@@ -17,7 +17,7 @@ import torch
 from hypothesis import strategies as st
 
 from fusedet import config as configs
-from fusedet.api.validate import compute_metrics
+from fusedet.api.detector_evaluation import compute_metrics
 from fusedet.api.worst_images import draw_worst_images
 from fusedet.data.collate import make_samples
 from fusedet.data.dataset import DetectionDataset

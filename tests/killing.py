@@ -17,8 +17,8 @@ import torch
 from matplotlib.figure import Figure
 
 from fusedet import cli
+from fusedet.api import detector_evaluation
 from fusedet.api import train as command
-from fusedet.api import validate
 from fusedet.engine import checkpoint, logging, trainer
 from shared_fixtures import save_unrendered
 from warm import SERVER, make_ranks
@@ -156,7 +156,7 @@ def _in_a_step(hit: Callable[[], None]) -> None:
 
 def _in_a_validation(hit: Callable[[], None]) -> None:
     inner = command.detect
-    for module in (command, validate):
+    for module in (command, detector_evaluation):
         module.detect = lambda *args: (hit(), inner(*args), hit())[1]
 
 

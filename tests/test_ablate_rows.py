@@ -13,7 +13,7 @@ import pytest
 from fusedet import ablation, cli
 from fusedet.ablation import cost, estimate, launcher, render, report, summary, summary_text, worker
 from fusedet.ablation.plan import Plan, Run
-from fusedet.api import validate
+from fusedet.api import detector_evaluation
 from fusedet.api.run_dir import write_json
 from fusedet.config import Config, Train
 from fusedet.data.dataset import DetectionDataset
@@ -65,7 +65,9 @@ def finish_runs(plan: Plan, detect: Callable[[Run], list[dict[str, Any]]], masks
         for run in row:
             run.folder.mkdir(parents=True)
             results = detect(run)
-            metrics = validate.compute_metrics(plan.val, results, voc=False, evaluator="fusedet", masks=masks)
+            metrics = detector_evaluation.compute_metrics(
+                plan.val, results, voc=False, evaluator="fusedet", masks=masks
+            )
             (run.folder / "config.yaml").write_text(run.config.to_yaml())
             (run.folder / "val.bbox.json").write_text(
                 json.dumps([{k: v for k, v in r.items() if k != "segmentation"} for r in results])

@@ -16,8 +16,8 @@ from PIL import Image
 from fusedet import cli, config
 from fusedet.api import batch_predict
 from fusedet.api.image_sources import Sources
-from fusedet.api.predict import Predictor, load
 from fusedet.api.prediction_lines import read_lines
+from fusedet.api.predictor import Predictor, load
 from fusedet.engine import checkpoint
 from fusedet.errors import InputError
 from fusedet.models.detectors import build_detector

@@ -270,7 +270,7 @@ def test_val_refuses_unknown_arguments(trained: Path, scenes: Path, capsys: Capt
 def test_cam_goes_on_past_an_image_without_detections(
     trained: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fusedet.api.predict import Predictor
+    from fusedet.api.predictor import Predictor
 
     images = sorted((scenes / "val").glob("*"))[:2]
     original = Predictor.predict

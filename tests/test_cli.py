@@ -22,8 +22,8 @@ import fusedet
 from fusedet import cli, config, evaluation
 from fusedet.ablation.command import Launcher
 from fusedet.api.convert_dataset import DatasetFormat
-from fusedet.api.predict import Precision
-from fusedet.api.predict_files import OnBadImage
+from fusedet.api.predict import OnBadImage
+from fusedet.api.predictor import Precision
 from fusedet.data import synthetic
 from fusedet.data.readers.auto import read_dataset
 from fusedet.data.shape_drawing import SHAPES

@@ -20,7 +20,7 @@ from fusedet.ablation import report as ablation_report
 from fusedet.api import tiles_help
 from fusedet.api.browse import draw_predictions
 from fusedet.api.coco_submission import write_submission
-from fusedet.api.validate import write_report
+from fusedet.api.detector_evaluation import write_report
 from fusedet.config import Config
 from fusedet.data.readers.auto import read_dataset
 from fusedet.errors import StorageError

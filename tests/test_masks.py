@@ -13,7 +13,7 @@ from PIL import Image
 
 import fusedet
 from fusedet import cli, evaluation
-from fusedet.api.validate import compute_mask_metrics, detect
+from fusedet.api.detector_evaluation import compute_mask_metrics, detect
 from fusedet.data.loader import build_eval_loader
 from fusedet.data.readers.auto import read_dataset
 from fusedet.data.transforms import EvalTransform

@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from fusedet import cli
-from fusedet.api import predict_files
-from fusedet.api.predict import Predictor
+from fusedet.api import predict
+from fusedet.api.predictor import Predictor
 from fusedet.config import apply_overrides, parse
 from fusedet.data import videos
 from fusedet.data.video_parts import Part
@@ -64,7 +64,7 @@ def make_predictor(*overrides: str) -> Predictor:
 def square(monkeypatch: pytest.MonkeyPatch) -> Predictor:
     """The predictor that the command loads as any run."""
     predictor = make_predictor("test.batch=3")
-    monkeypatch.setattr(predict_files, "load", lambda run, *texts, **options: predictor)
+    monkeypatch.setattr(predict, "load", lambda run, *texts, **options: predictor)
     return predictor
 
 
@@ -279,7 +279,7 @@ def test_an_interrupted_stream_is_complete(square: Predictor, tmp_path: Path, mo
 
     monkeypatch.setattr(videos.Video, "read", stopped)
     with pytest.raises(KeyboardInterrupt):
-        predict_files.predict("RUN", file, out=tmp_path / "out")
+        predict.predict("RUN", file, out=tmp_path / "out")
     monkeypatch.undo()
     assert len(read(tmp_path / "out" / "videos" / "a.mp4")) == 6
     assert len(read_lines(tmp_path / "out" / "videos" / "a.jsonl")) == 6
@@ -306,6 +306,6 @@ def test_options_of_videos_without_a_video(square: Predictor, tmp_path: Path, ca
 
 
 def test_other_channels_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(predict_files, "load", lambda run, *texts, **options: make_predictor("data.channels=4"))
+    monkeypatch.setattr(predict, "load", lambda run, *texts, **options: make_predictor("data.channels=4"))
     with pytest.raises(InputError, match=r"videos have 3 channels, the model takes data\.channels=4"):
-        predict_files.predict("RUN", make_video(tmp_path / "a.mp4", [0]), out=tmp_path / "out")
+        predict.predict("RUN", make_video(tmp_path / "a.mp4", [0]), out=tmp_path / "out")

@@ -18,7 +18,7 @@ import fusedet
 from exporting import ONE_LEVEL, TWO_LEVELS, save_run
 from fusedet import cli
 from fusedet.api.detection import detect_images
-from fusedet.api.predict import Prediction, Predictor, load
+from fusedet.api.predictor import Prediction, Predictor, load
 from fusedet.api.tiles_help import conclude_tiles
 from fusedet.api.train_inputs import check_config
 from fusedet.config import apply_overrides, parse

@@ -18,7 +18,7 @@ from PIL import Image
 
 from fusedet import cli, evaluation
 from fusedet.api import run_report
-from fusedet.api.validate import evaluate_results
+from fusedet.api.detector_evaluation import evaluate_results
 from fusedet.data.dataset import DetectionDataset, ImageAnnotations
 from fusedet.errors import StorageError
 from fusedet.evaluation.bootstrap import draw_image_weights

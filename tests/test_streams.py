@@ -12,8 +12,7 @@ import pytest
 
 from file_server import serve
 from fusedet import cli
-from fusedet.api import predict_files
-from fusedet.api.predict import Predictor
+from fusedet.api.predictor import Predictor
 from fusedet.data import videos
 from making_videos import make_video
 
@@ -28,7 +27,7 @@ TIMES = range(0, 1600, 40)
 def square(monkeypatch: pytest.MonkeyPatch) -> Predictor:
     """The predictor that the command loads as any run."""
     predictor = make_predictor()
-    monkeypatch.setattr(predict_files, "load", lambda run, *texts, **options: predictor)
+    monkeypatch.setattr("fusedet.api.predict.load", lambda run, *texts, **options: predictor)
     return predictor
 
 

@@ -18,7 +18,7 @@ _PUBLIC = {
     "InputError": "errors",
     "Interrupted": "engine.signals",
     "Prediction": "api.prediction",
-    "Predictor": "api.predict",
+    "Predictor": "api.predictor",
     "StorageError": "errors",
     "ablate": "ablation.command",
     "benchmark": "api.benchmark",
@@ -36,16 +36,16 @@ _PUBLIC = {
     "get_weights": "api.weights",
     "info": "api.info",
     "list_weights": "api.weights",
-    "load": "api.predict",
+    "load": "api.predictor",
     "locate_weights": "api.weights",
     "measure_tiles": "api.tiles_help",
-    "predict": "api.predict_files",
+    "predict": "api.predict",
     "preview_ablation": "ablation.command",
     "read_dataset": "data.readers.auto",
     "resolve_config": "api.settings",
     "serve_app": "app.command",
     "train": "api.train",
-    "validate": "api.validate_run",
+    "validate": "api.validate",
 }
 """Public names and the modules that define them."""
 
@@ -65,14 +65,14 @@ if TYPE_CHECKING:  # the aliases mark public names
     from fusedet.api.demo import demo as demo
     from fusedet.api.export import export as export
     from fusedet.api.info import info as info
-    from fusedet.api.predict import Predictor as Predictor
-    from fusedet.api.predict import load as load
-    from fusedet.api.predict_files import predict as predict
+    from fusedet.api.predict import predict as predict
     from fusedet.api.prediction import Prediction as Prediction
+    from fusedet.api.predictor import Predictor as Predictor
+    from fusedet.api.predictor import load as load
     from fusedet.api.settings import resolve_config as resolve_config
     from fusedet.api.tiles_help import measure_tiles as measure_tiles
     from fusedet.api.train import train as train
-    from fusedet.api.validate_run import validate as validate
+    from fusedet.api.validate import validate as validate
     from fusedet.api.weights import get_weights as get_weights
     from fusedet.api.weights import list_weights as list_weights
     from fusedet.api.weights import locate_weights as locate_weights

@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from fusedet.ablation.plan import Run
 from fusedet.api.detection import detect_batch
 from fusedet.api.load_model import build_with_weights, weights_file
-from fusedet.api.predict import Predictor, prepare_detector
+from fusedet.api.predictor import Predictor, prepare_detector
 from fusedet.api.timing import compute_percentiles, describe_device, time_call
 from fusedet.config import Config
 from fusedet.data.collate import collate_tta_samples, make_samples

@@ -10,10 +10,10 @@ import torch
 
 from fusedet.ablation.plan import TIMES, Plan, Run, Split
 from fusedet.api.detection import build_tta_transforms
-from fusedet.api.predict import pick_device
+from fusedet.api.detector_evaluation import build_val_loader, detect, has_mask_branch
+from fusedet.api.predictor import pick_device
 from fusedet.api.run_dir import read_json
 from fusedet.api.train_inputs import make_detector, train_transform
-from fusedet.api.validate import build_val_loader, detect, has_mask_branch
 from fusedet.config import Config, to_seconds
 from fusedet.data.loader import build_train_loader
 from fusedet.data.tiling import count_windows

@@ -20,7 +20,7 @@ from fusedet.ablation import worker
 from fusedet.ablation.estimate import Clock
 from fusedet.ablation.plan import DATA, FAILED, MARKER, Plan, Run, State
 from fusedet.ablation.summary_text import shorten_path
-from fusedet.api.predict import pick_device
+from fusedet.api.predictor import pick_device
 from fusedet.api.run_dir import read_json, write_json
 from fusedet.config.interval import format_duration
 from fusedet.engine.signals import Interrupted, Interrupts

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from fusedet import config
 from fusedet.ablation.spec import Table
-from fusedet.api.predict import pick_device
+from fusedet.api.detector_evaluation import has_mask_branch
+from fusedet.api.predictor import pick_device
 from fusedet.api.run_dir import choose_unused_name, read_fingerprints, read_json
 from fusedet.api.train_inputs import check_monitor, learns_masks, open_data
-from fusedet.api.validate import has_mask_branch
 from fusedet.config import Config
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.shape_drawing import name_classes

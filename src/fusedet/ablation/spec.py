@@ -10,7 +10,7 @@ from typing import Annotated, Any, Self, get_type_hints
 from pydantic import Field, PrivateAttr, model_validator
 
 from fusedet import config
-from fusedet.api.validate import BOX_METRICS, MASK_METRICS
+from fusedet.api.detector_evaluation import BOX_METRICS, MASK_METRICS
 from fusedet.config import Config
 from fusedet.config.fields import Texts
 from fusedet.config.section import Declaration, text_keys

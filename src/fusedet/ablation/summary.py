@@ -12,7 +12,7 @@ from fusedet.ablation.cost import measure_prediction, read_training_speed
 from fusedet.ablation.plan import FAILED, MARKER, TIMES, Plan, Run, State
 from fusedet.ablation.spec import DELTA, METRICS, RESAMPLED, Row, Table
 from fusedet.ablation.summary_text import draw_conclusion, shorten_path
-from fusedet.api.predict import pick_device
+from fusedet.api.predictor import pick_device
 from fusedet.api.run_dir import read_json
 from fusedet.evaluation import bootstrap
 from fusedet.evaluation.confidence_intervals import LEVEL, ConfidenceInterval

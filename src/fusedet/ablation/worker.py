@@ -9,12 +9,12 @@ from pathlib import Path
 
 from fusedet import config
 from fusedet.ablation.plan import FAILED, TIMES, Run
+from fusedet.api.detector_evaluation import evaluate_detector, write_report
 from fusedet.api.load_model import build_with_weights, weights_file
-from fusedet.api.predict import pick_device, prepare_detector
+from fusedet.api.predictor import pick_device, prepare_detector
 from fusedet.api.run_dir import create_run_dir, describe_environment, read_json, write_json
 from fusedet.api.train import train
 from fusedet.api.train_inputs import open_data
-from fusedet.api.validate import evaluate_detector, write_report
 from fusedet.atomic_io import write_atomically
 from fusedet.engine.signals import Interrupted
 from fusedet.errors import DivergenceError, InputError

@@ -15,10 +15,10 @@ from typing import Any, BinaryIO, Literal, TypeVar
 from torch import Tensor
 
 from fusedet.api.image_sources import Sources
-from fusedet.api.predict import Predictor
 from fusedet.api.prediction import Prediction
 from fusedet.api.prediction_exports import Exports
 from fusedet.api.prediction_lines import Info, describe_prediction, join_lines, list_line_files, open_lines, read_lines
+from fusedet.api.predictor import Predictor
 from fusedet.api.run_dir import create_run_dir, remove_files
 from fusedet.atomic_io import write_atomically
 from fusedet.data.large_images import LargeImage

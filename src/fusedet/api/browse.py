@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 
 from fusedet import visualization
 from fusedet.api import run_dir
-from fusedet.api.predict import Predictor
+from fusedet.api.predictor import Predictor
 from fusedet.api.results import CommandResult, group_lines
 from fusedet.api.settings import Settings, Source, refuse_other_keys, resolve_config, to_overrides
 from fusedet.api.tables import centers_table

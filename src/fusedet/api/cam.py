@@ -11,7 +11,7 @@ from torch import Tensor
 from fusedet.api import run_dir
 from fusedet.api.cam_figures import UNITS, Job, draw_figures, join_captions, map_size, order_rows
 from fusedet.api.image_sources import Sources
-from fusedet.api.predict import SETTABLE, Prediction, Predictor, load
+from fusedet.api.predictor import SETTABLE, Prediction, Predictor, load
 from fusedet.api.results import CommandResult, group_lines, list_files
 from fusedet.api.settings import Settings, refuse_other_keys, split_overrides, to_overrides
 from fusedet.errors import InputError, make_unknown_error
@@ -63,8 +63,8 @@ def cam(
     Args:
         run: A run directory, a checkpoint or a name of published weights.
         sources: Files, directories, globs, and lists of paths (`@FILE`).
-        overrides: "key=value" texts for `api.predict.SETTABLE`, `device` and `out`. `out` is by default cam in the run
-            directory.
+        overrides: "key=value" texts for `api.predictor.SETTABLE`, `device` and `out`. `out` is by default cam in the
+            run directory.
         beside: A second run.
         class_name: The class, by default that of the best detection of `run` in each image.
         score: The least score of a detection.

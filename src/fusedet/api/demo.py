@@ -8,7 +8,7 @@ from typing import Unpack
 from fusedet import config
 from fusedet.api import run_dir
 from fusedet.api.browse import draw_predictions
-from fusedet.api.predict import load
+from fusedet.api.predictor import load
 from fusedet.api.results import RunResult
 from fusedet.api.settings import Settings, to_overrides
 from fusedet.api.train import train

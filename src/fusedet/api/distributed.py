@@ -14,7 +14,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import distributed
 
-from fusedet.api.predict import pick_device
+from fusedet.api.predictor import pick_device
 from fusedet.config import Config, Train
 from fusedet.engine.precision import fabric_precision
 from fusedet.errors import InputError

@@ -13,7 +13,7 @@ import torch
 from fusedet import exporters
 from fusedet.api.engine_process import Engine, serve_pipe
 from fusedet.api.exported import load_exported
-from fusedet.api.predict import Predictor, load
+from fusedet.api.predictor import Predictor, load
 from fusedet.api.settings import resolve_config
 from fusedet.api.timing import Span, time_call
 from fusedet.errors import InputError

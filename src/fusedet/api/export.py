@@ -15,7 +15,7 @@ from fusedet.api.export_files import Traced, trace_detector, write_files
 from fusedet.api.export_options import Precision, add_aot, check_calibration, check_formats, check_opset, check_shapes
 from fusedet.api.export_result import ExportResult
 from fusedet.api.load_model import build_untrained, is_config, rebuild_detector, require_known_source, weights_file
-from fusedet.api.predict import SETTABLE, prepare_detector
+from fusedet.api.predictor import SETTABLE, prepare_detector
 from fusedet.api.progress import say_nothing
 from fusedet.api.quantize import CalibrationData, read_calibration_data
 from fusedet.api.settings import Settings, refuse_other_keys, resolve_config, to_overrides

@@ -1,321 +1,208 @@
-"""Prediction in memory: a checkpoint becomes a model that takes images of any kind."""
+"""Prediction of images and videos into a directory, in one process or many: the command `predict`."""
 
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
-from itertools import islice
+import sys
+import tempfile
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Unpack, overload
+from typing import Any, Literal, Unpack
 
-import numpy as np
-import torch
-from torch import Tensor
+from rich.console import Console, Group, RenderableType
 
-from fusedet.api import exported
-from fusedet.api.detection import AnyDetector, build_tta_transforms, check_tile_size, detect_images, get_strides
-from fusedet.api.load_model import rebuild_detector, weights_file
-from fusedet.api.prediction import Prediction as Prediction
-from fusedet.api.settings import Sections, refuse_other_keys, resolve_config, to_overrides
-from fusedet.api.video_stream import predict_frames
-from fusedet.config import Config
-from fusedet.data.channel_decoding import is_array_file, read_channels
-from fusedet.data.collate import collate_tta_samples, make_samples
-from fusedet.data.dataset import ImageAnnotations
-from fusedet.data.image_decoding import to_tensor
-from fusedet.data.large_images import LargeImage, crop_image, open_large_image
-from fusedet.data.tiling import list_windows
-from fusedet.data.video_parts import Part
-from fusedet.data.videos import Frame, Video
-from fusedet.errors import InputError
-from fusedet.exporters import ExportedDetector
-from fusedet.models.detectors import prepare_for_inference, selection_options
-from fusedet.types import Batch
+from fusedet.api import batch_predict, run_dir
+from fusedet.api.distributed import select_device
+from fusedet.api.image_sources import Sources, describe_left_out
+from fusedet.api.predict_videos import VideoCounts, VideoOptions, predict_videos
+from fusedet.api.prediction_exports import Exports, parse_formats
+from fusedet.api.predictor import SETTABLE as SETTABLE_OF_MODEL
+from fusedet.api.predictor import Precision, load
+from fusedet.api.progress import progress_bar
+from fusedet.api.results import CommandResult, format_paths, group_lines, list_files
+from fusedet.api.settings import Settings, refuse_other_keys, split_overrides, to_overrides
+from fusedet.api.video_stream import import_tracker
+from fusedet.data.video_parts import Part, is_stream
+from fusedet.data.videos import import_av
+from fusedet.errors import InputError, format_count, require_choice
+from fusedet.exporters import find_export
+from fusedet.process_ranks import get_ranks
 
-Precision = Literal["fp32", "bf16"]
-DetectorT = TypeVar("DetectorT", bound=AnyDetector)
-SETTABLE = ("test", "data.size", "data.antialias", "data.range")
-"""What can be set for a trained detector; all else follows from its weights."""
+SETTABLE_OF_FILES = ("data.workers", "device", "out")
+SETTABLE = (*SETTABLE_OF_MODEL, *SETTABLE_OF_FILES)
+"""What can be set for a prediction; all else follows from the weights."""
+OnBadImage = Literal["error", "skip"]
 
 
-class Predictor:
-    """A trained detector that takes images; `fusedet.load` returns it.
-
-    Args:
-        detector: Ready for inference: in eval mode, with its thresholds (`prepare_detector`), or exported.
-        config: The config of the run.
-        names: Class names of the training data.
-        category_ids: Category ids of the training data.
-        source: The run directory or file that the detector comes from.
+@dataclass(frozen=True)
+class PredictionSummary(CommandResult):
+    """The written predictions.
 
     Attributes:
-        names: (K,) class names of the training data.
-        category_ids: (K,) category ids of the training data.
-        config: The config of the run, with the settings of `load`.
-        detector: The detector, or the exported model.
-        source: The file of the weights or of the exported model.
-        transforms: The resizing of an image, and those of the further copies of test-time augmentation.
-
-    Raises:
-        InputError: `test.tiles.size` is below the largest stride of the detector.
+        counts: Numbers of images, videos, their frames, detections, detections of at least `score` (`shown`), images
+            and videos that were skipped, and images that other processes still have to predict (`left`).
+        files: The files written, by what they show; empty while images are missing.
+        score: The least score of the detections that are drawn.
+        rank: This process's number.
+        left_out: Number of images in the directories whose formats are not read, by extension.
+        notes: A sentence for each video that could not be read to its end, or whose sound was left out.
+        skipped_videos: How many of the skipped are videos; `notes` has a sentence for each.
     """
 
-    def __init__(
-        self,
-        detector: AnyDetector,
-        config: Config,
-        names: Sequence[str],
-        category_ids: Sequence[int],
-        source: Path,
-    ) -> None:
-        self.detector, self.config, self.source = detector, config, source
-        self.names, self.category_ids = tuple(names), tuple(category_ids)
-        self.transforms = build_tta_transforms(config, self.canvas)
-        check_tile_size("test.tiles.size", config.test.tiles.size, get_strides(detector))
+    counts: dict[str, int]
+    files: dict[str, Path]
+    score: float
+    rank: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    skipped_videos: int = 0
 
-    @property
-    def device(self) -> torch.device:
-        """The device of the weights; an exported model runs on the CPU."""
-        if isinstance(self.detector, ExportedDetector):
-            return self.detector.device
-        return self.detector.backbone.scale.device
+    def to_dict(self) -> dict[str, Any]:
+        """Return the counts, the files and the notes."""
+        return self.counts | {"files": format_paths(self.files), "left_out": self.left_out, "notes": list(self.notes)}
 
-    @property
-    def categories(self) -> list[dict[str, Any]]:
-        """Id and name of each class, as COCO lists them."""
-        return [{"id": number, "name": name} for number, name in zip(self.category_ids, self.names)]
-
-    @property
-    def canvas(self) -> tuple[int, int] | None:
-        """Height and width that an image must fit, of an exported model of fixed size."""
-        return self.detector.canvas if isinstance(self.detector, ExportedDetector) else None
-
-    def predict(self, source: Any, batch: int = 1) -> Prediction | list[Prediction]:
-        """Predict an image, or each image of a list, `batch` of them at once.
-
-        Args:
-            source: A path, bytes of a file, a PIL image, an RGB array (H, W, 3) or (H, W) of uint8, or a tensor
-                (3, H, W) of uint8 or of floats in 0..1; or a list of these.
-            batch: Images at once; with `test.tiles`, tiles at once.
-
-        Raises:
-            InputError: An image cannot be read.
-        """
-        if isinstance(source, (list, tuple)):
-            return list(self.stream(source, batch))
-        return next(self.stream([source], 1))
-
-    @overload
-    def stream(
-        self,
-        sources: str | Path,
-        batch: int = 1,
-        *,
-        every: int = 1,
-        start: float | str = 0,
-        end: float | str | None = None,
-        track: float | None = None,
-    ) -> Iterator[tuple[Frame, Prediction]]: ...
-
-    @overload
-    def stream(self, sources: Iterable[Any], batch: int = 1) -> Iterator[Prediction]: ...
-
-    def stream(self, sources: Any, batch: int = 1, **options: Any) -> Iterator[Any]:
-        """Yield the predictions of any number of images, or of the frames of a video, in their order.
-
-        >>> for frame, detections in model.stream("video.mp4", every=5):  # doctest: +SKIP
-        ...     print(frame.index, float(frame.time), detections.boxes)
-
-        Args:
-            sources: Images as `predict` takes them; or a video file, the number of a camera ("0") or an address such as
-                "rtsp://...", whose predictions come in pairs with a `Frame`: `index`, `time` in seconds, `image`.
-            batch: Images at once; with `test.tiles`, tiles at once.
-            options: Of a video. `every`: of each `every` frames, the first one is predicted. `start`, `end`: the part
-                of the video, in seconds or as "1:30". `track`: the least score of a detection that starts a track
-                (ByteTrack), by default nothing is tracked.
-
-        Raises:
-            InputError: An image or video cannot be read; what comes before it is predicted.
-        """
-        if not isinstance(sources, (str, Path)):
-            return self._stream_images(sources, batch)
-        return self._stream_video(sources, batch, **options)
-
-    def _stream_video(
-        self,
-        source: str | Path,
-        batch: int,
-        every: int = 1,
-        start: float | str = 0,
-        end: float | str | None = None,
-        track: float | None = None,
-    ) -> Iterator[tuple[Frame, Prediction]]:
-        part = Part.parse(every, start, end)
-        with Video(source) as video:
-            yield from predict_frames(video, self.predict_batch, part, batch, track)
-
-    def _stream_images(self, sources: Iterable[Any], batch: int) -> Iterator[Prediction]:
-        group: list[tuple[Tensor | LargeImage, Path | None]] = []
-        for source in sources:
-            try:
-                group.append((self.open_image(source), Path(source) if isinstance(source, (str, Path)) else None))
-            except InputError:
-                yield from self.predict_batch(group, batch)  # the earlier images are not lost
-                raise
-            if len(group) == batch:
-                yield from self.predict_batch(group, batch)
-                group = []
-        yield from self.predict_batch(group, batch)
-
-    def open_image(self, source: Any) -> Tensor | LargeImage:
-        """Decode an image; with `test.tiles`, a file too large for memory is read tile by tile."""
-        is_path = isinstance(source, (str, os.PathLike))
-        if is_path and self.config.test.tiles.size is not None:
-            data = self.config.data
-            if (large := open_large_image(Path(source), data.channels, data.range)) is not None:
-                return large
-        return self.decode_image(source)
-
-    def decode_image(self, source: Any) -> Tensor:
-        """Decode an image as `predict` takes it to uint8 (C, H, W).
-
-        Raises:
-            InputError: A file cannot be read, or an array or tensor has another shape or type than `predict` takes.
-        """
-        channels, value_range = self.config.data.channels, self.config.data.range
-        is_file = isinstance(source, (str, os.PathLike, bytes))
-        if channels == 3 and not (is_file and is_array_file(source)):
-            return to_tensor(source, value_range)
-        if is_file:
-            return read_channels(source, channels, value_range)
-        image = torch.from_numpy(source).permute(2, 0, 1) if isinstance(source, np.ndarray) else source
-        if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.ndim != 3 or len(image) != channels:
-            raise InputError(
-                f"an image of {channels} channels must be a path, a numpy array (H, W, {channels}) or a tensor "
-                f"({channels}, H, W) of uint8, got {type(source).__name__}"
+    def __rich__(self) -> RenderableType:
+        if left := self.counts["left"]:
+            return group_lines(
+                [f"process {self.rank} is done, other processes still have to predict {format_count(left, 'image')}"]
             )
-        return image
-
-    def preprocess(self, images: Sequence[Tensor | LargeImage]) -> Batch:
-        """Return images (C, H, W) uint8 preprocessed for the network, with their augmented copies of TTA."""
-        return collate_tta_samples(
-            [make_samples(image, _empty(image), self.transforms) for image in images], self.transforms[1:]
-        )
-
-    def iterate_tiles(self, images: Iterable[Tensor | LargeImage], batch: int) -> Iterator[Batch]:
-        """Cut images into the tiles of `test.tiles` and yield these in batches, preprocessed as by `preprocess`."""
-        windows = (
-            (image, window, is_last)
-            for image in images
-            for own in [list_windows(image.shape[1], image.shape[2], self.config.test.tiles)]
-            for window, is_last in zip(own.tolist(), [False] * (len(own) - 1) + [True])
-        )
-        while group := list(islice(windows, batch)):
-            tiles = self.preprocess([crop_image(image, tuple(window)) for image, window, _ in group])
-            corners = torch.tensor([[*window[:2], *image.shape[1:]] for image, window, _ in group])
-            yield replace(tiles, windows=corners, is_last=tuple(is_last for *_, is_last in group))
-
-    def predict_batch(
-        self, group: Sequence[tuple[Tensor | LargeImage, Path | None]], batch: int | None = None
-    ) -> Iterator[Prediction]:
-        """Yield the predictions of images (3, H, W) uint8, given with their paths, computed in one batch.
-
-        With `test.tiles`, `batch` tiles are computed at once, by default as many as there are images.
-        """
-        if not group:
-            return
-        images, tiles = [image for image, _ in group], self.config.test.tiles
-        batches = [self.preprocess(images)] if tiles.size is None else self.iterate_tiles(images, batch or len(images))
-        detected = detect_images(self.detector, batches, self.device, tiles.ios)
-        for (_, detections), (image, path) in zip(detected, group):
-            yield Prediction(
-                **vars(detections), image=image, names=self.names, category_ids=self.category_ids, path=path
+        counts, detections = self.counts, format_count(self.counts["detections"], "detection")
+        frames = f"{format_count(counts['frames'], 'frame')} of {format_count(counts['videos'], 'video')}"
+        seen = [format_count(counts["images"], "image")] * bool(counts["images"] or not counts["videos"])
+        seen += [frames] * bool(counts["videos"])
+        of_score = f"{counts['shown']} of them with a score of {self.score:g} or more"
+        text = [f"{' and '.join(seen)}, {detections}, {of_score}", *self.notes]
+        if skipped := self.counts["skipped"] - self.skipped_videos:
+            text.append(
+                f'{format_count(skipped, "image")} could not be read, listed under "skipped" in what was written'
             )
+        if left_out := describe_left_out(self.left_out):
+            text.append(left_out)
+        return Group(group_lines(text), list_files(self.files))
 
 
-def load(
-    path: str | Path,
+def predict(
+    run: str | Path,
+    sources: str | Path | Iterable[str | Path],
     *overrides: str,
-    device: str = "auto",
+    score: float = 0.3,
     precision: Precision = "fp32",
-    which: Literal["best", "last"] = "best",
+    draw: bool = True,
+    resume: bool = False,
+    on_bad_image: OnBadImage = "error",
+    jsonl: bool = False,
+    crops: bool = False,
+    save: str | Iterable[str] = (),
+    every: int = 1,
+    start: float | str = 0,
+    end: float | str | None = None,
+    track: bool = False,
     trust: bool = False,
-    **settings: Unpack[Sections],
-) -> Predictor:
-    """Load a trained detector, ready to predict.
+    progress: Console | None = None,
+    **settings: Unpack[Settings],
+) -> PredictionSummary:
+    """Predict the objects in image files, in COCO's format, and in videos, as JSON lines and drawn copies.
 
-    >>> fusedet.load("runs/a", test={"score": 0.3}).predict("street.jpg")  # doctest: +SKIP
+    For predictions in memory use `fusedet.load`.
+
+    >>> fusedet.predict("runs/a", "images/", out="predictions")  # doctest: +SKIP
 
     Args:
-        path: A run directory (its best weights, or the last where there are no best), best.safetensors or last.ckpt;
-            a name of published weights (`fusedet.list_weights`), which are fetched once; or a directory of
-            `fusedet.export`, or one of its files, which then runs in its own runtime on the CPU.
-        overrides: "key=value" texts for the run's config; what follows from the weights (all but `SETTABLE`) stays.
-        device: "auto", "cpu", "cuda", "cuda:1" or "mps".
+        run: A run directory, a checkpoint or a name of published weights.
+        sources: Files, directories, globs, lists of paths (`@FILE`), and "-" for such a list on standard input; for
+            videos also the number of a camera ("0") and addresses ("rtsp://...").
+        overrides: "key=value" texts for the keys of `SETTABLE`. `test.batch` images (1) are predicted at once,
+            `data.workers` threads (2) read images ahead. `out` is the directory, by default predict, predict-2,
+            ... in the run directory.
+        score: The least score of the boxes that are drawn; all are written.
         precision: "fp32" or "bf16".
-        which: Which weights of a run directory.
+        draw: Whether copies of the images and videos with boxes are written.
+        resume: Whether the directory may hold a part of the same prediction, which is kept.
+        on_bad_image: "error": an image or video that cannot be read ends the prediction; "skip": it is listed.
+        jsonl: Whether the JSON-lines files, one per process, stay instead of one predictions.json.
+        crops: Whether the parts of the images in the boxes of at least `score` are written, to crops/CLASS.
+        save: Formats beside COCO's json: "csv" (predictions.csv, a row per detection) and "yolo" (labels/NAME.txt, of
+            the boxes of at least `score`, and classes.txt); as a list or joined by commas.
+        every: Of a video, the first of each `every` frames is predicted.
+        start: Seconds, or "1:30", from which a video is predicted.
+        end: Seconds, or "1:30", up to which a video is predicted, by default its end.
+        track: Whether the objects of a video are numbered (ByteTrack); tracks start with detections of `score`.
         trust: Whether the checkpoint's config may name classes of other packages, whose code then runs.
+        progress: Shows how many images and frames are done, if it is a terminal.
         settings: The same settings as `overrides`, by keyword.
 
     Raises:
-        InputError: The file is not a checkpoint, is cut short, or holds code.
+        InputError: The run or a source does not exist, an image cannot be read, or the directory holds other files.
     """
-    if (model := exported.load_exported(path, trust)) is not None:
-        texts = refuse_other_keys(to_overrides(overrides, settings), "test.batch", "test.tiles", of="an exported model")
-        exported.check_device(device)
-        if precision != "fp32":
-            raise InputError(f"precision={precision}: an exported model has its own precision, leave it out")
-        return Predictor(model.detector, resolve_config(model.config, texts), *model[2:])
-    file = weights_file(path, which)
-    detector, config, names, category_ids = rebuild_detector(file, trust)
+    formats = parse_formats([save] if isinstance(save, str) else save)
+    if not 0 <= score <= 1:
+        raise InputError(f"score={score} must be 0 to 1")
+    require_choice("precision", precision, Precision)
+    require_choice("value of --on-bad-image", on_bad_image, OnBadImage)
     texts = refuse_other_keys(to_overrides(overrides, settings), *SETTABLE)
-    config = resolve_config(config, texts)
-    ready = prepare_detector(detector.to(pick_device(device)), config, precision, names)
-    return Predictor(ready, config, names, category_ids, file)
+    options, of_model = split_overrides(texts, *SETTABLE_OF_FILES)
+    rank, world, _ = get_ranks()
+    if options.out is None and (world > 1 or resume):
+        needed = "several processes need" if world > 1 else "--resume needs"
+        raise InputError(f"{needed} a known output directory: add out=DIR")
+    arguments = [str(sources)] if isinstance(sources, (str, Path)) else list(map(str, sources))
+    if not arguments:
+        raise InputError("which images? Write fusedet predict RUN SOURCE..., files, directories, globs, @FILE or -")
+    if "-" in arguments and world > 1:
+        raise InputError("several processes cannot share standard input: write the list to a file, and give @FILE")
+    part = Part.parse(every, start, end)
+    with ExitStack() as stack:
+        paths = [
+            _store_stdin(stack) if argument == "-" else argument for argument in arguments if not is_stream(argument)
+        ]
+        files = Sources(paths, ("image", "video"))
+        images, videos = files.only("image"), [*files.only("video"), *filter(is_stream, arguments)]
+        _check_videos(len(videos), part, track, world, resume)
+        device = options.device if find_export(run) else str(select_device(options.device))
+        predictor = load(run, *of_model, device=device, precision=precision, trust=trust)
+        target = Path(options.out) if options.out else run_dir.find_free_path(run_dir.parent_of(run), "predict")
+        workers, batch = options.data.workers, predictor.config.test.batch or 1
+        exports = Exports(score, draw, formats, crops)
+        count, written = images.count(), dict.fromkeys(batch_predict.COUNTS, 0)
+        outputs: dict[str, Path] = {}
+        hint = "; with --on-bad-image skip the others are predicted" if count + len(videos) > 1 else ""
+        if count or not videos:
+            asked = batch_predict.Options(exports, batch, jsonl, on_bad_image, hint, workers, rank, world)
+            with progress_bar(None if rank else progress, count, "images") as advance:
+                result = batch_predict.predict_images(
+                    predictor, images, target, asked, precision=precision, resume=resume, advance=advance
+                )
+            outputs = {name: Path(path) for name, path in result.pop("files").items()}
+            written |= result
+        else:
+            run_dir.check_new_dir(target)
+        seen = VideoCounts()
+        if videos:
+            own = VideoOptions(exports, batch, on_bad_image, hint, part, score if track else None)
+            seen = predict_videos(predictor, videos, target, own, progress)
+            outputs |= {"videos": target / "videos"} if seen.videos else {}
+    counts = {name: value + getattr(seen, name, 0) for name, value in written.items()}
+    counts |= {"videos": seen.videos, "frames": seen.frames}
+    return PredictionSummary(counts, outputs, score, rank, files.count_left_out(), tuple(seen.notes), seen.skipped)
 
 
-def pick_device(name: str) -> torch.device:
-    """Return the device of a name; "auto" is a GPU if this machine has one.
-
-    Raises:
-        InputError: This machine does not have the device.
-    """
-    if name == "auto":
-        return torch.device(
-            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        )
-    if name.partition(":")[0] not in ("cpu", "cuda", "mps"):
-        raise InputError(f"device={name} is not a device: write auto, cpu, cuda, cuda:1 or mps")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = " ".join(str(error).split()).partition(". ")[0]
-        raise InputError(f"device={name} is not there ({reason}): use device=cpu or device=auto") from error
-    return device
+def _check_videos(count: int, part: Part, track: bool, world: int, resume: bool) -> None:
+    """Raise InputError for options that do not fit the number of videos."""
+    if not count and (part != Part() or track):
+        raise InputError("--every, --from, --to and --track are for videos: none is among the sources")
+    if not count:
+        return
+    import_av()
+    if track:
+        import_tracker()
+    if world > 1:
+        raise InputError("several processes share images, not videos: start the prediction of videos without torchrun")
+    if resume:
+        raise InputError("--resume continues the prediction of images: a video is predicted in one go, leave it out")
 
 
-def prepare_detector(
-    detector: DetectorT, config: Config, precision: Precision = "fp32", names: Sequence[str] = ()
-) -> DetectorT:
-    """Return the detector prepared for inference, with the thresholds of `config.test`, which may name classes.
-
-    An exported model stays as it is: its thresholds are part of the file.
-
-    Args:
-        detector: The detector.
-        config: Its `test` has the thresholds.
-        precision: Of the weights and feature maps.
-        names: Class names, for thresholds by class.
-    """
-    if isinstance(detector, ExportedDetector):
-        return detector
-    ready = prepare_for_inference(detector, precision)
-    ready.selection = selection_options(config.test, names)
-    return ready
-
-
-def _empty(image: Tensor | LargeImage) -> ImageAnnotations:
-    none = np.zeros(0)
-    height, width = image.shape[1:]
-    flags = none.astype(bool)
-    return ImageAnnotations(0, Path(), height, width, np.zeros((0, 4)), none.astype(int), flags, none, [], flags)
+def _store_stdin(stack: ExitStack) -> str:
+    """Return standard input as @FILE, which can be read again."""
+    file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "paths.txt"
+    with file.open("w", encoding="utf-8", errors="surrogateescape") as written:
+        written.writelines(sys.stdin)
+    return f"@{file}"

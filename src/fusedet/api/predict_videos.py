@@ -10,9 +10,9 @@ from typing import Any, Literal
 from rich.console import Console
 
 from fusedet.api import run_dir
-from fusedet.api.predict import Predictor
 from fusedet.api.prediction_exports import Exports, write_class_names, write_csv
 from fusedet.api.prediction_lines import Info, describe_prediction
+from fusedet.api.predictor import Predictor
 from fusedet.api.progress import progress_bar
 from fusedet.api.video_stream import predict_frames
 from fusedet.data.video_parts import Part, is_stream

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from fusedet import evaluation
-from fusedet.api.validate import build_val_loader, evaluate_detector, require_class_names
+from fusedet.api.detector_evaluation import build_val_loader, evaluate_detector, require_class_names
 from fusedet.config import Config
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.splits import read_split, take_images

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fusedet.api.detector_evaluation import Evaluation
 from fusedet.api.run_dir import describe_environment
-from fusedet.api.validate import Evaluation
 from fusedet.data.dataset import DetectionDataset
 from fusedet.errors import StorageError
 from fusedet.report import write_report_page

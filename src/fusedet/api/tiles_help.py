@@ -13,12 +13,12 @@ from rich.console import Console, Group, RenderableType
 from fusedet import evaluation
 from fusedet.api import run_dir, tables
 from fusedet.api.detection import AnyDetector, check_tile_size, get_strides
-from fusedet.api.predict import pick_device, prepare_detector
+from fusedet.api.detector_evaluation import build_val_loader, detect, require_class_names
+from fusedet.api.predictor import pick_device, prepare_detector
 from fusedet.api.progress import track
 from fusedet.api.results import CommandResult, format_paths, group_lines, list_files
 from fusedet.api.settings import Settings, to_overrides
-from fusedet.api.validate import build_val_loader, detect, require_class_names
-from fusedet.api.validate_run import open_model
+from fusedet.api.validate import open_model
 from fusedet.atomic_io import write_atomically
 from fusedet.config import Config
 from fusedet.config.schema import PredictionTiles

@@ -11,6 +11,14 @@ from lightning_fabric import Fabric
 
 from fusedet import evaluation, visualization
 from fusedet.api.choose_batch import choose_batch
+from fusedet.api.detector_evaluation import (
+    Evaluation,
+    build_val_loader,
+    compute_mask_metrics,
+    detect,
+    evaluate_detector,
+    write_report,
+)
 from fusedet.api.distributed import process_group, run_on_first
 from fusedet.api.load_model import build_with_weights, weights_file
 from fusedet.api.progress import say_nothing
@@ -33,14 +41,6 @@ from fusedet.api.train_inputs import (
     open_data,
     train_transform,
     training_images,
-)
-from fusedet.api.validate import (
-    Evaluation,
-    build_val_loader,
-    compute_mask_metrics,
-    detect,
-    evaluate_detector,
-    write_report,
 )
 from fusedet.atomic_io import write_atomically
 from fusedet.config import Config, apply_overrides

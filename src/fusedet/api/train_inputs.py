@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fusedet.api.detection import check_tile_size, get_strides
+from fusedet.api.detector_evaluation import BOX_METRICS, MASK_METRICS, check_masks, has_mask_branch
 from fusedet.api.load_model import parse_class_names, weights_file
 from fusedet.api.settings import is_run_dir, resolve_config
 from fusedet.api.starting_weights import adapt_class_rows, describe_matches, match_class_names
-from fusedet.api.validate import BOX_METRICS, MASK_METRICS, check_masks, has_mask_branch
 from fusedet.config import Config
 from fusedet.data.augmentation import AugmentedTransform
 from fusedet.data.class_names import compare_class_names, count_per_label, label_classes

@@ -1,314 +1,168 @@
-"""Evaluation of a detector on a split: results in COCO's format, their metrics, and the files that show them."""
+"""Validation of a run, a checkpoint or stored results: the command `val`."""
 
-import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple, Unpack
 
-import torch
 from rich.console import Console
 
-from fusedet import evaluation, visualization
-from fusedet.api.detection import AnyDetector, build_tta_transforms, check_tile_size, detect_images, get_strides
-from fusedet.api.progress import track
-from fusedet.api.run_dir import write_json
-from fusedet.api.worst_images import draw_worst_images
-from fusedet.atomic_io import write_atomically
-from fusedet.collectives import gather_objects
+from fusedet import evaluation
+from fusedet.api import coco_submission, exported, run_dir
+from fusedet.api.detection import AnyDetector
+from fusedet.api.detector_evaluation import evaluate_detector, evaluate_results, require_class_names, write_report
+from fusedet.api.distributed import join_processes
+from fusedet.api.load_model import rebuild_detector, weights_file
+from fusedet.api.predictor import prepare_detector
+from fusedet.api.progress import say_nothing
+from fusedet.api.results import RunResult
+from fusedet.api.run_report import write_run_page
+from fusedet.api.settings import Settings, refuse_other_keys, resolve_config, to_overrides
 from fusedet.config import Config
 from fusedet.data.dataset import DetectionDataset
-from fusedet.data.loader import EvalLoader, build_eval_loader
-from fusedet.errors import InputError, format_count, shorten_list
-from fusedet.evaluation.results import Result
-from fusedet.exporters import ExportedDetector
-from fusedet.models.detectors import selection_options
-from fusedet.models.protocols import InferenceDetector
-from fusedet.models.roi import MaskBranch
-from fusedet.types import Batch
+from fusedet.data.split_checks import describe_crowded_images
+from fusedet.data.splits import read_split
+from fusedet.data.usable_targets import require_usable_targets
+from fusedet.errors import InputError, make_unknown_error
+from fusedet.process_ranks import get_ranks
 
-BOX_METRICS = evaluation.COCO_METRICS
-MASK_METRICS = tuple(f"mask_{name}" for name in BOX_METRICS)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Detections of a split in COCO's result format, and their metrics."""
-
-    results: list[Result]
-    metrics: dict[str, Any]
+SETTABLE = ("data", "test", "device", "out")
+"""What can be set where a trained model is validated."""
+SETTABLE_OF_RESULTS = ("data", "test.max_det", "test.size_bins", "out")
+"""What can be set where stored results are validated."""
 
 
-def evaluate_detector(
-    detector: AnyDetector,
-    config: Config,
-    dataset: DetectionDataset,
-    device: torch.device,
-    *,
-    rank: int = 0,
-    world: int = 1,
+def validate(
+    source: str | Path,
+    *overrides: str,
+    split: str | None = None,
     voc: bool = False,
     evaluator: str = evaluation.EVALUATORS[0],
+    submission: bool = False,
+    trust: bool = False,
     progress: Console | None = None,
-) -> Evaluation:
-    """Run a detector on every image of a split and compute its metrics.
+    say: Callable[[str], None] = say_nothing,
+    **settings: Unpack[Settings],
+) -> RunResult:
+    """Evaluate a run, a checkpoint or stored results on a split, and write metrics, results and plots.
+
+    >>> fusedet.validate("runs/a").metrics["AP"]  # doctest: +SKIP
 
     Args:
-        detector: In eval mode, on `device`.
-        config: Its `data` and `test` say how the images are seen and how many at once.
-        dataset: The split.
-        device: Where the images go.
-        rank: This process's number.
-        world: How many processes share the images.
+        source: A run directory, a checkpoint, a name of published weights, an exported model, or a file of results in
+            COCO's format (.json).
+        overrides: "key=value" texts for `data`, `test`, `device` and `out`.
+        split: The split, by default `data.val`.
         voc: Whether VOC's AP is computed too; for VOC data it always is.
         evaluator: One of `evaluation.EVALUATORS`.
-        progress: Shows how many batches the first process has done, if it is a terminal.
+        submission: Whether the files that COCO's test server takes are written.
+        trust: Whether the checkpoint's config may name classes of other packages, whose code then runs.
+        progress: Shows how many batches are done, if it is a terminal.
+        say: Takes warnings.
+        settings: The same settings as `overrides`, by keyword. The data are the run's own by default.
 
     Returns:
-        Results of all processes, and their metrics; without objects in the dataset only the number of detections.
-        Other processes than the first get no metrics.
+        Metrics and files. In other processes than the first one it is empty.
 
     Raises:
-        InputError: The detector predicts masks, and objects of the dataset have none.
+        InputError: The source, the split or the data do not exist or do not fit together.
     """
-    if (masks := has_mask_branch(detector)) and len(dataset.labels):
-        check_masks(dataset)
-    check_tile_size("test.tiles.size", config.test.tiles.size, get_strides(detector))
-    canvas = detector.canvas if isinstance(detector, ExportedDetector) else None
-    loader = build_val_loader(config, dataset, rank, world, canvas, pin=device.type == "cuda")
-    batches: Iterable[Batch] = loader if rank else track(loader, len(loader), label="images", console=progress)
-    if not isinstance(detector, ExportedDetector):  # its thresholds are part of the file
-        detector.selection = selection_options(config.test, dataset.names)
-    results = detect(detector, batches, dataset, device, config.test.tiles.ios)
-    if rank:
-        return Evaluation(results, {})
-    options: dict[str, Any] = {"size_bins": config.test.size_bins or (), "max_det": config.test.max_det}
-    return evaluate_results(dataset, results, voc=voc, evaluator=evaluator, masks=masks, **options)
-
-
-def evaluate_results(
-    dataset: DetectionDataset,
-    results: list[Result],
-    *,
-    voc: bool = False,
-    evaluator: str = evaluation.EVALUATORS[0],
-    masks: bool | None = None,
-    size_bins: Sequence[float] = (),
-    max_det: int = 100,
-) -> Evaluation:
-    """Compute the metrics of results; without objects in the dataset only the number of detections.
-
-    Args:
-        dataset: The split.
-        results: In COCO's result format.
-        voc: Whether VOC's AP is computed too; for VOC data it always is.
-        evaluator: One of `evaluation.EVALUATORS`.
-        masks: Whether metrics of masks are computed too; by default where all results have one.
-        size_bins: Edges of size bins in pixels, as in `evaluation.evaluate_coco`.
-        max_det: Detections of an image that the detector may have; above 100, metrics of so many are added (AP@300).
-    """
-    if not len(dataset.labels):
-        return Evaluation(results, {"detections": len(results)})
-    if masks is None:
-        masks = bool(results) and all("segmentation" in result for result in results)
-    voc = voc or dataset.dataset_format == "voc"
-    options: dict[str, Any] = {"evaluator": evaluator, "masks": masks, "size_bins": size_bins, "max_det": max_det}
-    return Evaluation(results, compute_metrics(dataset, results, voc=voc, **options))
-
-
-def build_val_loader(
-    config: Config,
-    dataset: DetectionDataset,
-    rank: int = 0,
-    world: int = 1,
-    canvas: tuple[int, int] | None = None,
-    masks: bool = False,
-    *,
-    pin: bool = False,
-) -> EvalLoader:
-    """Build a loader of every image of a split once, preprocessed as for `predict`.
-
-    Args:
-        config: Its `data` and `test` say how the images are seen, and how many at once.
-        dataset: The split.
-        rank: Rank of this process.
-        world: Number of processes that share the images.
-        canvas: Height and width that images must fit; None for no limit.
-        masks: Whether targets have masks.
-        pin: Whether batches are in page-locked memory, from which a GPU copies without a synchronization.
-
-    Raises:
-        InputError: As for `build_eval_loader`.
-    """
-    # every process gets as many images of a batch, at least one
-    batch = max(world, (config.test.batch or config.train.total_batch // config.train.accumulate) // world * world)
-    first, *others = build_tta_transforms(config, canvas)
-    options: dict[str, Any] = {"batch": batch, "workers": config.data.workers, "rank": rank, "world": world}
-    options |= {"pin": pin, "tta_transforms": others, "masks": masks, "tiles": config.test.tiles}
-    return build_eval_loader(dataset, first, **options, min_visible=config.data.min_visible)
-
-
-def detect(
-    detector: InferenceDetector,
-    loader: Iterable[Batch],
-    dataset: DetectionDataset,
-    device: torch.device,
-    ios: float | None = None,
-) -> list[Result]:
-    """Detect the objects of a split and collect the detections of all processes.
-
-    Args:
-        detector: In eval mode, on `device`.
-        loader: This process's batches.
-        dataset: The split.
-        device: Where the batches go.
-        ios: Threshold of `test.tiles.ios`.
-
-    Returns:
-        Detections in COCO's result format, in every process: boxes in pixels of the original images, ids and categories
-        of the dataset.
-    """
-    results: list[Result] = []
-    for image_id, detections in detect_images(detector, loader, device, ios):
-        results += detections.to_coco(image_id, dataset.category_ids)
-    return [result for of_rank in gather_objects(results) for result in of_rank]
-
-
-def has_mask_branch(detector: AnyDetector) -> bool:
-    """Return whether a detector predicts masks too; it then needs data with masks."""
-    if isinstance(detector, ExportedDetector):
-        return detector.has_masks
-    return any(isinstance(part, MaskBranch) for part in detector.modules())
-
-
-def check_masks(dataset: DetectionDataset) -> None:
-    """Check the data of a detector that predicts masks.
-
-    Raises:
-        InputError: Objects have no mask.
-    """
-    if count := int((dataset.segmentations.offsets.diff() == 0).sum()):
-        raise InputError(
-            f"{count} of the {len(dataset.labels)} objects of {dataset.source} have no mask, but the detector predicts "
-            "masks: use data with masks, such as COCO's, or a detector without them"
-        )
-
-
-def compute_mask_metrics(
-    dataset: DetectionDataset,
-    results: list[Result],
-    evaluator: str = evaluation.EVALUATORS[0],
-    **options: Any,
-) -> dict[str, Any]:
-    """Return COCO's metrics by the IoU of masks, each as mask_NAME; options as for `evaluate_coco`."""
-    metrics = evaluation.evaluate_coco(dataset, results, iou_type="segm", evaluator=evaluator, **options)
-    return {f"mask_{name}": value for name, value in metrics.items()}
-
-
-def compute_metrics(
-    dataset: DetectionDataset,
-    results: list[Result],
-    *,
-    voc: bool,
-    evaluator: str,
-    masks: bool = False,
-    size_bins: Sequence[float] = (),
-    max_det: int = 100,
-) -> dict[str, Any]:
-    """Compute COCO's metrics of a split, those of masks and VOC's if asked for, per class too, and the stamp.
-
-    Args:
-        dataset: The split.
-        results: In COCO's result format, with image and category ids of the dataset.
-        voc: Whether VOC's AP is computed too.
-        evaluator: One of `evaluation.EVALUATORS`.
-        masks: Whether metrics of masks are computed too; every result then has a mask.
-        size_bins: Edges of size bins in pixels, as in `evaluation.evaluate_coco`.
-        max_det: As in `evaluate_results`.
-
-    Returns:
-        Metrics in 0..1 by name, mask_NAME of masks; lists `classes` and, if given, `size_bins`; `stamp`.
-
-    Raises:
-        InputError: The results do not fit the dataset, as in `evaluate_coco`.
-    """
-    options: dict[str, Any] = {"evaluator": evaluator, "size_bins": size_bins, "max_det": max_det}
-    metrics = evaluation.evaluate_coco(dataset, results, **options)
-    if masks:
-        metrics |= compute_mask_metrics(dataset, results, **options)
-        for row, other in zip(metrics.get("size_bins", ()), metrics.pop("mask_size_bins", ())):
-            row |= {f"mask_{name}": other[name] for name in ("AP", "AR")}
-        for row, other in zip(metrics["classes"], metrics.pop("mask_classes")):
-            row |= {f"mask_{name}": value for name, value in other.items() if name.startswith("AP")}
-    if voc:
-        area, eleven = evaluation.evaluate_voc(dataset, results), evaluation.evaluate_voc(dataset, results, points=11)
-        metrics |= {"VOC_AP": area["mAP"], "VOC_AP_11_point": eleven["mAP"]}
-        for row, a, b in zip(metrics["classes"], area["classes"], eleven["classes"]):
-            row |= {"VOC_AP": a["AP"], "VOC_AP_11_point": b["AP"]}
-    return metrics | {
-        "stamp": evaluation.create_stamp(dataset, results, evaluator, max_dets=evaluation.extend_max_dets(max_det))
-    }
-
-
-def write_report(
-    dataset: DetectionDataset, results: list[Result], metrics: dict[str, Any], out: Path, title: str
-) -> dict[str, Path]:
-    """Write results, metrics and plots of a split into a directory.
-
-    Args:
-        dataset: The split.
-        results: In COCO's result format, with image and category ids of the dataset.
-        metrics: As `compute_metrics` returns them.
-        out: The directory, which exists.
-        title: Title of the plots.
-
-    Returns:
-        The files by what they show.
-
-    Raises:
-        StorageError: A file cannot be written.
-    """
-    files = {
-        "results": out / "val.bbox.json",
-        "metrics": out / "metrics.json",
-        "precision-recall curves": out / "precision_recall.png",
-        "confusion matrix": out / "confusion.png",
-        "AP by object size": out / "sizes.png",
-        "worst images": out / "worst.png",
-    }
-    stored = evaluation.to_dataset_ids(results, dataset)
-    boxes = [{name: value for name, value in result.items() if name != "segmentation"} for result in stored]
-    write_atomically(files["results"], json.dumps(boxes).encode())
-    if "mask_AP" in metrics:
-        files["mask results"] = out / "val.segm.json"
-        masks = [{name: value for name, value in result.items() if name != "bbox"} for result in stored]
-        write_atomically(files["mask results"], json.dumps(masks).encode())
-    write_json(files["metrics"], metrics)
-    visualization.plot_precision_recall(
-        evaluation.compute_precision_recall(dataset, results), files["precision-recall curves"], title
-    )
-    visualization.plot_confusion_matrix(
-        evaluation.compute_confusion_matrix(dataset, results), dataset.names, files["confusion matrix"]
-    )
-    visualization.plot_ap_by_size(metrics, files["AP by object size"], title)
-    if (grid := draw_worst_images(dataset, results)) is None:
-        del files["worst images"]
+    if evaluator not in evaluation.EVALUATORS:
+        raise make_unknown_error("evaluator", evaluator, evaluation.EVALUATORS)
+    texts, path = to_overrides(overrides, settings), Path(source)
+    is_results = path.suffix == ".json"
+    if is_results:
+        refuse_other_keys(texts, *SETTABLE_OF_RESULTS, of="stored results")
+        options = resolve_config(None, texts)
+        if options.data.path is None:
+            raise InputError(f"{source} holds results: add data=PATH, the dataset that they were made on")
     else:
-        visualization.save_image(grid, files["worst images"])
-    return files
+        detector, saved, options, names, file = open_model(source, texts, trust)
+    scored = split or options.data.val_split
+    dataset = read_split(options.data, scored, need_images=not is_results)
+    if not is_results and options.data == saved.data and scored == options.data.val_split and path.is_dir():
+        _warn_of_other_images(path, options, dataset, say)
+    run_dir.check_new_dir(options.out)
+    server_split = coco_submission.server_split(dataset, options.test.max_det) if submission else None
+    if server_split and (warning := coco_submission.warn_if_incomplete(dataset, server_split)) and not get_ranks()[0]:
+        say(warning)
+    if not len(dataset.labels) and not submission:
+        raise InputError(
+            f"{dataset.source} has no objects to score by: use fusedet predict, or for COCO's server --submission"
+        )
+    if len(dataset.labels):
+        require_usable_targets(dataset, for_training=False)
+        if (crowded := describe_crowded_images(dataset, options.test.max_det)) and not get_ranks()[0]:
+            say(f"warning: {crowded.message}")
+    if is_results:
+        bins, max_det = options.test.size_bins or (), options.test.max_det
+        stored = evaluation.load_results(path, dataset)
+        evaluated = evaluate_results(dataset, stored, voc=voc, evaluator=evaluator, size_bins=bins, max_det=max_det)
+    else:
+        require_class_names(dataset, names, str(file))
+        with join_processes(options.device) as (rank, world, device):
+            ready = prepare_detector(detector.to(device), options, names=names)
+            evaluated = evaluate_detector(
+                ready, options, dataset, device, rank=rank, world=world, voc=voc, evaluator=evaluator, progress=progress
+            )
+        if rank:
+            return RunResult(path, {}, {})
+    rows = coco_submission.format_results(dataset, evaluated.results) if submission else {}
+    name = f"val-{Path(scored).stem}"
+    target = run_dir.create_run_dir(options.out or run_dir.find_free_path(run_dir.parent_of(path), name))
+    files = {}
+    name = f"{path.name} on {scored}"
+    if len(dataset.labels):
+        files = write_report(dataset, evaluated.results, evaluated.metrics, target, title=name)
+    if server_split:
+        files |= coco_submission.write_submission(rows, server_split, path.name if path.is_dir() else path.stem, target)
+    title = f"{source if is_results else file} on {scored} of {options.data.path}"
+    if len(dataset.labels):
+        files |= write_run_page(
+            target,
+            dataset,
+            evaluated,
+            title=name,
+            scored=title,
+            device=options.device,
+            say=say,
+            size_bins=options.test.size_bins or (),
+            run=path if path.is_dir() else None,
+        )
+    return RunResult(target, evaluated.metrics, files, title)
 
 
-def require_class_names(dataset: DetectionDataset, names: Iterable[str], source: str) -> None:
-    """Check that the data's classes are those of the model, in the same order.
+class OpenedModel(NamedTuple):
+    """A trained or exported model, its own config, the config with the overrides, class names and file."""
+
+    detector: AnyDetector
+    saved: Config
+    options: Config
+    names: list[str]
+    file: Path
+
+
+def open_model(source: str | Path, texts: list[str], trust: bool) -> OpenedModel:
+    """Open the model of a run, checkpoint, name of published weights or export, to validate it.
 
     Raises:
-        InputError: They differ.
+        InputError: There is no model, or an override changes nothing for it.
     """
-    names = tuple(names)
-    if names != dataset.names:
-        raise InputError(
-            f"{source} knows the {format_count(len(names), 'class')} {shorten_list(names)}, but {dataset.source} has "
-            "the "
-            f"{format_count(len(dataset.names), 'class')} {shorten_list(dataset.names)}: use data with the same class "
-            "names"
+    if (model := exported.load_exported(source, trust)) is None:
+        refuse_other_keys(texts, *SETTABLE)
+        file = weights_file(source)
+        detector, saved, names, _ = rebuild_detector(file, trust)
+        return OpenedModel(detector, saved, resolve_config(saved.replace(out=None), texts), names, file)
+    refuse_other_keys(texts, *exported.SETTABLE, of="an exported model")
+    options = resolve_config(model.config.replace(out=None), texts)
+    exported.check_device(options.device)
+    return OpenedModel(model.detector, model.config, options.replace(device="cpu"), model.names, model.file)
+
+
+def _warn_of_other_images(run: Path, options: Config, dataset: DetectionDataset, say: Callable[[str], None]) -> None:
+    """Warn where a share is held out, but other images than in the training: some of them were trained on."""
+    known = run_dir.read_fingerprints(run) if isinstance(options.data.val, float) else None
+    if known and known.get("val") != dataset.fingerprint() and not get_ranks()[0]:
+        say(
+            f"warning: {options.data.path} has changed, so data.val={options.data.val} holds out other images than "
+            f"in the training, which saw some of them: {run / 'split.json'} lists those of the training"
         )

@@ -43,7 +43,7 @@ def create_app(
 
     Args:
         run: A run directory, a checkpoint, a name of published weights or an exported model.
-        overrides: "key=value" texts for `api.predict.SETTABLE` and `device`. `test.score` is the lowest score that is
+        overrides: "key=value" texts for `api.predictor.SETTABLE` and `device`. `test.score` is the lowest score that is
             computed, by default `served_model.LOWEST_SCORE`; an exported model has its own.
         beside: A second model, compared with the first one.
         examples: Files, directories, globs and lists of example images; None for validation images of the run's

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fusedet.api.cam import compute_maps
 from fusedet.api.cam_figures import UNITS, order_rows, sum_levels
-from fusedet.api.predict import Predictor
+from fusedet.api.predictor import Predictor
 from fusedet.app.replies import HeatMap, HeatMapReply, HeatMapRow
 from fusedet.errors import InputError, make_unknown_error
 from fusedet.visualization.heat_maps import COLORS

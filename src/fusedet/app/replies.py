@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from fusedet.api.predict import Prediction
+from fusedet.api.predictor import Prediction
 from fusedet.app.served_model import ServedModel
 from fusedet.errors import format_count
 from fusedet.visualization import colors

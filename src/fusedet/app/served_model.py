@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fusedet.api.predict import SETTABLE, Prediction, Predictor, load
+from fusedet.api.predictor import SETTABLE, Prediction, Predictor, load
 from fusedet.api.run_dir import choose_unused_name
 from fusedet.api.settings import refuse_other_keys, split_overrides
 from fusedet.config.schema import PredictionTiles
@@ -88,7 +88,7 @@ def load_models(sources: Sequence[str | Path], overrides: Sequence[str], trust: 
 
     Args:
         sources: Run directories, checkpoints, names of published weights or exported models.
-        overrides: "key=value" texts for `api.predict.SETTABLE` and `device`.
+        overrides: "key=value" texts for `api.predictor.SETTABLE` and `device`.
         trust: As `fusedet.load` takes it.
 
     Raises:
