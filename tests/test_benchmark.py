@@ -320,7 +320,7 @@ def test_an_exported_directory_has_an_engine_per_format(tmp_path: Path) -> None:
 
 def test_a_format_that_the_export_lacks_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_export(tmp_path / "export", precision="fp32", size=None)
-    assert cli.run(["benchmark", str(folder), "--formats", "torch,eager"]) == 2
+    assert cli.run(["benchmark", str(folder), "--format", "torch,eager"]) == 2
     assert f"nothing to measure: no format of {folder} is among eager, torch" in capsys.readouterr().err
     assert not [path for path in tmp_path.rglob("*") if path.name == "benchmark"]
 
@@ -406,7 +406,7 @@ def test_a_run_is_measured(
     """The whole command; a process that imports PyTorch takes most of the time, so a program may stand in for it."""
     if engine == "a program":
         monkeypatch.setattr(Task, "command", property(lambda task: program()))
-    arguments = ["benchmark", str(run_copy), "--formats", "channels_last,onnx", "--runs", "1", "--batch", "1", "--json"]
+    arguments = ["benchmark", str(run_copy), "--format", "channels_last,onnx", "--runs", "1", "--batch", "1", "--json"]
     assert cli.run(arguments) == 0
     content = json.loads(capsys.readouterr().out)
     out = run_copy / "benchmark"
@@ -455,7 +455,7 @@ def test_the_table_names_threads_and_reasons() -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["retinanet_tiny", "--formats", "eager,openvin"], "unknown format 'openvin': did you mean 'openvino'?"),
+        (["retinanet_tiny", "--format", "eager,openvin"], "unknown format 'openvin': did you mean 'openvino'?"),
         (
             ["retinanet_tiny", "--size", "800,1200"],
             "size=800,1200 must be height,width in multiples of 32, such as 800",

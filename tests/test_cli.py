@@ -429,7 +429,7 @@ def test_doctor_counts_by_hand(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert "3.png is 100x150 pixels, but its annotation says 200x150" in wrong_size
     assert "4.png" in damaged
     assert "5.png does not exist" in missing
-    assert cli.run(["doctor", f"data={tmp_path}", "--no-images"]) == 0, "annotations alone are fit to train on"
+    assert cli.run(["doctor", f"data={tmp_path}", "--no-decode"]) == 0, "annotations alone are fit to train on"
     assert "5 images (3 without annotations), 6 annotations" in capsys.readouterr().out
 
 

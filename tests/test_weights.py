@@ -534,7 +534,7 @@ def test_every_command(whole: str, few_images: Path, tmp_path: Path, capsys: pyt
     assert cli.run(["val", whole, coco, *small]) == 0
     assert json.loads((results / "val-val" / "metrics.json").read_text())["stamp"]["images"] == 4
     assert cli.run(["compare", whole, whole, coco, "--resamples", "40"]) == 0
-    brief = ["--formats", "eager", "--size", "64,96", "--batch", "1", "--runs", "1"]
+    brief = ["--format", "eager", "--size", "64,96", "--batch", "1", "--runs", "1"]
     assert cli.run(["benchmark", whole, *brief]) == 0
     assert json.loads((results / "benchmark" / "benchmark.json").read_text())["rows"][0]["model"] == whole
     assert cli.run(["cam", whole, image, *small, "--score", "0", "--class", "person"]) == 0

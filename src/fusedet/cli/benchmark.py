@@ -18,7 +18,11 @@ def benchmark(
     size: Annotated[str | None, Option(metavar="H,W", help="Size of the image, multiples of 32.")] = None,
     formats: Annotated[
         str | None,
-        Option(metavar="NAME,...", help="eager, channels_last, bf16, compile, torch, onnx, openvino; by default all."),
+        Option(
+            "--format",
+            metavar="NAME,...",
+            help="eager, channels_last, bf16, compile, torch, onnx, openvino; by default all.",
+        ),
     ] = None,
     batch: Annotated[str, Option(metavar="N,...", help="Images at once.")] = "1,8",
     runs: Annotated[int, Option(help="Measured calls.", min=1)] = 10,

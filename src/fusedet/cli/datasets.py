@@ -9,10 +9,10 @@ from fusedet.cli import common as cli
 from fusedet.cli.commands import DATA, Split
 
 
-@cli.command("doctor", "doctor data=data/coco", "doctor data=data/voc data.size=[600,1000] --no-images", DATA)
+@cli.command("doctor", "doctor data=data/coco", "doctor data=data/voc data.size=[600,1000] --no-decode", DATA)
 def doctor(
     arguments: cli.ConfigAndSettings = None,
-    images: Annotated[bool, Option(help="Decode every image, not only read the annotations.")] = True,
+    decode: Annotated[bool, Option(help="Decode every image, not only read the annotations.")] = True,
     report: Annotated[str | None, Option(metavar="FILE.html", help="Write a page with histograms and images.")] = None,
     json: cli.Json = False,
 ) -> None:
@@ -22,7 +22,7 @@ def doctor(
     if a training would stop.
     """
     name, settings = cli.split_config(arguments)
-    options: dict[str, Any] = {"read_images": images, "report": report, "progress": cli.console(json)}
+    options: dict[str, Any] = {"read_images": decode, "report": report, "progress": cli.console(json)}
     result = fusedet.check_dataset(*settings, config=name, **options)
     cli.show(result, json, *([f"page: {report}"] if report else []))
     raise Exit(0 if result.ok else 1)
