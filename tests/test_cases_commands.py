@@ -417,10 +417,10 @@ def test_page_of_a_dataset(tmp_path: Path, capsys: Capture) -> None:
     joined = "\n".join(parsed.texts)
     for line in (
         "Summary, the worst first",
-        "Objects by class",
-        "Objects by size",
-        "Smallest objects",
-        "Largest objects",
+        "Annotations by class",
+        "Annotations by size",
+        "Smallest annotations",
+        "Largest annotations",
         "Suspects: boxes wholly outside their image: not trained on (1)",
         "Suspects: boxes partly outside their image: clipped in training (1)",
         "validation images with the content of training images: 1 of 2",

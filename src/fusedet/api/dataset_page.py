@@ -1,4 +1,4 @@
-"""A page about a checked dataset: histograms of classes and sizes, extreme objects and suspects with thumbnails."""
+"""A page about a checked dataset: histograms of classes and sizes, extreme annotations and suspects with thumbnails."""
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,9 +21,9 @@ from fusedet.visualization.annotators import BoxAnnotation, LineStyle, draw_anno
 from fusedet.visualization.colors import class_color
 from fusedet.visualization.page import make_jpeg_uri, make_page, make_section
 
-_SHOWN = 8  # objects or images of a row
+_SHOWN = 8  # annotations or images of a row
 _SIDE = 200  # pixels of a thumbnail's longer side
-_EDGES = (0, 4, 8, 16, 32, 64, 96, 128, 256, 512, 1024, np.inf)  # pixels: the square root of an object's area
+_EDGES = (0, 4, 8, 16, 32, 64, 96, 128, 256, 512, 1024, np.inf)  # pixels: the square root of an annotation's area
 _SUSPECT = (214, 40, 40)
 _STYLE = """
 :root { --error: #b3261e; --warning: #8a5a00; --bar: #4269d0; }
@@ -92,7 +92,7 @@ def _item(finding: Finding) -> str:
 
 
 def _describe_split(dataset: DetectionDataset) -> list[str]:
-    """Show counts, histograms, the smallest and largest objects, and the objects with a fault."""
+    """Show counts, histograms, the smallest and largest annotations, and those with a fault."""
     boxes, labels = dataset.boxes.numpy(), dataset.labels.numpy()
     image_indices = dataset.image_indices
     sides = (boxes[:, 2:] - boxes[:, :2]).clip(0)
@@ -100,8 +100,8 @@ def _describe_split(dataset: DetectionDataset) -> list[str]:
     counts = np.bincount(labels, minlength=len(dataset.names)).tolist()
     background = int((np.diff(dataset.offsets.numpy()) == 0).sum())
     intro = (
-        f"<p>{format_count(len(dataset), 'image')} ({background} without objects), "
-        f"{format_count(len(labels), 'object')} "
+        f"<p>{format_count(len(dataset), 'image')} ({background} without annotations), "
+        f"{format_count(len(labels), 'annotation')} "
         f"<span class=faint>from {escape(dataset.source)}</span></p>"
     )
     by_count = sorted(zip(label_classes(dataset), counts, strict=True), key=lambda pair: -pair[1])
@@ -111,18 +111,18 @@ def _describe_split(dataset: DetectionDataset) -> list[str]:
 
     def show(j: int) -> str:
         caption = f"{names[labels[j]]}, {sides[j, 0]:.4g} x {sides[j, 1]:.4g} pixels"
-        return _object_figure(dataset, int(image_indices[j]), j, caption)
+        return _annotation_figure(dataset, int(image_indices[j]), j, caption)
 
     real = np.flatnonzero(area > 0)
     order = real[np.argsort(area[real], kind="stable")].tolist()
     parts = [
         intro,
         "<div class=charts>",
-        _bars("Objects by class", by_count),
-        _bars("Objects by size: square root of the area, in pixels", list(zip(ranges, histogram.tolist()))),
+        _bars("Annotations by class", by_count),
+        _bars("Annotations by size: square root of the area, in pixels", list(zip(ranges, histogram.tolist()))),
         "</div>",
-        *_row("Smallest objects", map(show, order[:_SHOWN])),
-        *_row("Largest objects", map(show, order[::-1][:_SHOWN])),
+        *_row("Smallest annotations", map(show, order[:_SHOWN])),
+        *_row("Largest annotations", map(show, order[::-1][:_SHOWN])),
     ]
     for text, is_faulty in find_faults(image_indices, boxes, labels, dataset.sizes.numpy())[1].items():
         if is_faulty.any():
@@ -147,7 +147,7 @@ def _row(title: str, cells: Iterable[str]) -> list[str]:
     return [f"<h3>{escape(title)}</h3><div class=row>{''.join(own)}</div>"] if own else []
 
 
-def _object_figure(dataset: DetectionDataset, i: int, j: int, caption: str) -> str:
+def _annotation_figure(dataset: DetectionDataset, i: int, j: int, caption: str) -> str:
     """Draw the surroundings of annotation j of the dataset, in image i, with its box in red."""
     box = dataset.boxes[j].tolist()
     name = f"{caption}, in {dataset.path(i).name}"

@@ -24,7 +24,9 @@ def doctor(
     name, settings = cli.split_config(arguments)
     options: dict[str, Any] = {"read_images": decode, "report": report, "progress": cli.console(json)}
     result = fusedet.check_dataset(*settings, config=name, **options)
-    cli.show(result, json, *([f"page: {report}"] if report else []))
+    cli.show(result, json)
+    if report and not json:
+        cli.out.print(f"page: {report}", soft_wrap=True)
     raise Exit(0 if result.ok else 1)
 
 
