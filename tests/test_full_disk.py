@@ -113,7 +113,7 @@ def summarize_ablation(own: Inputs) -> None:
     for name in ("format_markdown", "format_csv"):
         own.patch.setattr(ablation_report, name, lambda _: "text")
     own.patch.setattr(ablation_report, "make_report_page", lambda *_: "text")
-    ablation_report.write_report({}, own.out)
+    ablation_report.write_ablation_report({}, own.out)
 
 
 @pytest.mark.parametrize(
