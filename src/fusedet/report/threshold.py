@@ -174,7 +174,7 @@ def make_gallery(analysis: Analysis, dataset: DetectionDataset) -> str:
     key = (
         '<p class="faint">Boxes: <span class="swatch ground-truth"></span> the instance, '
         '<span class="swatch detection"></span> the detection, <span class="swatch other"></span> other instances. The '
-        "gallery is a sample: of each kind the largest or surest of each class, and some of every score."
+        "gallery is a sample: of each type the largest or surest of each class, and some of every score."
         + (f" {format_count(analysis.unread, 'image')} could not be read." if analysis.unread else "")
         + "</p>"
     )
