@@ -83,7 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--side", type=int, default=20_000, help="pixels of a side")
     parser.add_argument("--tile", type=int, default=2_000, help="pixels of a tile")
-    parser.add_argument("--format", nargs="+", choices=list(FORMATS), default=list(FORMATS))
+    parser.add_argument("--formats", nargs="+", choices=list(FORMATS), default=list(FORMATS))
     parser.add_argument("--limit", type=float, default=2.0, help="GiB")
     options = parser.parse_args()
     rows = []

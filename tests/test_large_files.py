@@ -220,7 +220,7 @@ def test_what_torchvision_would_read_otherwise_stays_with_pillow(monkeypatch: py
 def measure_peak(kind: str, side: int) -> float:
     """Return the peak memory in GiB of predicting a square image, which is at most two."""
     script = Path(__file__).resolve().parents[1] / "benchmarks" / "large_image.py"
-    command = [sys.executable, str(script), "--format", kind, "--side", str(side), "--limit", "2"]
+    command = [sys.executable, str(script), "--formats", kind, "--side", str(side), "--limit", "2"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[0])["peak_gib"]
