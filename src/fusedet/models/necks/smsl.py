@@ -207,7 +207,7 @@ def combine(D: Features, weights: Tensor) -> Tensor:
 
 
 def add_resized(p: Tensor, f: Tensor, index: int, level: int, resizing: Resizing = "pool") -> Tensor:
-    """Add a map in the size of another: p + `scatter_level`(f).
+    """Add a map to another, after `scatter_level` has brought it to that size.
 
     Args:
         p: The map to add to.
