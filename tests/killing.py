@@ -149,6 +149,11 @@ def _mark(file: Path) -> None:
 # -- places
 
 
+def _before_run_json(hit: Callable[[], None]) -> None:
+    inner = command.write_json
+    command.write_json = lambda *args: (hit(), inner(*args))[1]
+
+
 def _in_a_step(hit: Callable[[], None]) -> None:
     inner = trainer.sum_losses
     trainer.sum_losses = lambda *args: (hit(), inner(*args))[1]
@@ -221,6 +226,7 @@ def _between_best_and_last(hit: Callable[[], None]) -> None:
 
 
 PLACES: dict[str, Callable[[Callable[[], None]], None]] = {
+    "before run.json": _before_run_json,
     "in a step": _in_a_step,
     "in a validation": _in_a_validation,
     "in the middle of a checkpoint": _in_the_middle_of_a_checkpoint,

@@ -437,9 +437,7 @@ def test_local_files_that_are_no_weights(capsys: Capture, scenes: Path, tmp_path
     torch.save([1, 2], file)
     has(refuse(file), file, "cannot be read as a state dict")
     torch.save({"a": torch.zeros(3)}, file)
-    has(
-        refuse(file), file, "lacks", "of 'test_resnet': conv1.0.weight, conv1.1.weight", "holds a:", "timm's names"
-    )
+    has(refuse(file), file, "lacks", "of 'test_resnet': conv1.0.weight, conv1.1.weight", "holds a:", "timm's names")
     whole = timm.create_model("test_resnet").state_dict()
     partial = {key: torch.rand(value.shape) for key, value in whole.items() if key != "bn1.running_var"}
     torch.save(partial, file)

@@ -21,6 +21,7 @@ OPTIONS = [
     "train.checkpoint_every=1steps",
 ]
 FAULTS = [  # each process goes on from the one before
+    ("before run.json", 1, KILL),
     ("in the middle of a checkpoint", 1, KILL),  # before there is one
     ("after half a row", 1, KILL),
     ("before a checkpoint is in its place", 2, KILL),

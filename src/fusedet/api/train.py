@@ -195,6 +195,8 @@ def _fit(
         say(f"results: {out}")
     validate = _make_validation(fabric, config, val, masks)
     with _errors_reported(fabric, out, is_begun):
+        if fabric.is_global_zero and not is_begun:  # the first file, so that --resume knows a run that is killed here
+            write_atomically(out / "config.yaml", config.to_yaml().encode())
         run = trainer.setup(
             fabric,
             detector,
