@@ -161,6 +161,30 @@ def test_conclusions_about_a_metric_without_an_interval_over_images() -> None:
     assert "fewer than two seeds" in conclude(None)
 
 
+@pytest.mark.parametrize(
+    ("images", "seeds", "text"),
+    [
+        ([1, 2], [0.5, 3], "Both intervals exclude 0 for APs (+1.50); not for APm."),
+        ([-2, -1], [-3, -0.5], "Both intervals exclude 0 for APs (+1.50); not for APm."),
+        ([1, 2], [-1, 3], "No conclusion for APs, APm."),
+        ([1, 2], None, "No conclusion for APs, APm."),
+        (None, [1, 2], "No conclusion for APs, APm."),
+    ],
+)
+def test_conclusions_about_object_sizes(images: list[float] | None, seeds: list[float] | None, text: str) -> None:
+    """A size needs both intervals; one without instances is not named."""
+    changes = {
+        "APs": {"value": 1.5, "over_images": images, "over_seeds": seeds},
+        "APm": {"value": 0.5, "over_images": [0, 1], "over_seeds": [0.2, 0.8]},
+        "APl": {"value": None, "over_images": None, "over_seeds": None},
+    }
+    sizes = summary_text.list_sizes("AP", ())
+    assert summary_text.conclude_sizes({"difference": changes}, sizes) == text
+    assert summary_text.conclude_sizes({"difference": None}, sizes) == ""
+    assert summary_text.list_sizes("mask_AP", ()) == ["mask_APs", "mask_APm", "mask_APl"]
+    assert summary_text.list_sizes("AP", ["AP 4-8 px"]) == ["AP 4-8 px"]
+
+
 def test_conclusions_without_a_difference() -> None:
     runs_of = {"a": "a", "b": "b", "c": "a"}
     measured = {"label": "b", "reference": "a", "measured": {"AP": {}}, "difference": None}

@@ -17,6 +17,7 @@ from fusedet.ablation.summary_text import (
     count_finished,
     describe_cost,
     describe_coverage,
+    list_sizes,
 )
 from fusedet.evaluation.formatting import format_difference, format_interval, format_number
 
@@ -36,10 +37,10 @@ class Sheet(NamedTuple):
 
 
 def make_sheets(summary: Summary) -> list[Sheet]:
-    """Make the tables of a summary: the metric with its differences, size bins, all metrics, noise, cost."""
-    bins = [make_bin_sheet(summary)] if summary["size_bins"] else []
+    """Make the tables of a summary: the metric with its differences, object sizes, all metrics, noise, cost."""
+    sizes = [make_size_sheet(summary)] if summary["size_bins"] or any(map(_has_difference, summary["rows"])) else []
     noise = [make_noise_sheet(summary)] if any(row.get("noise") for row in summary["rows"]) else []
-    sheets = [make_difference_sheet(summary), *bins, make_metric_sheet(summary), *noise, make_cost_sheet(summary)]
+    sheets = [make_difference_sheet(summary), *sizes, make_metric_sheet(summary), *noise, make_cost_sheet(summary)]
     return [drop_empty_paper_columns(sheet) for sheet in sheets]
 
 
@@ -101,21 +102,24 @@ def make_difference_sheet(summary: Summary) -> Sheet:
     return Sheet(f"{name} in percent, {seeds}", head, rows)
 
 
-def make_bin_sheet(summary: Summary) -> Sheet:
-    """Make the table of AP in each size bin: the mean, and the difference to the reference with both intervals."""
-    rows = []
+def make_size_sheet(summary: Summary) -> Sheet:
+    """Make the table of AP by object size: the mean, and the difference to the reference with both intervals."""
+    names, rows = list_sizes(summary["metric"], summary["size_bins"]), []
     for row in summary["rows"]:
+        if row["cited"]:
+            continue
         cells = [row["label"]]
-        for name in summary["size_bins"]:
+        for name in names:
             measured, change = ((row.get(key) or {}).get(name) for key in ("measured", "difference"))
-            cell = "" if measured is None else format_number(measured["mean"], 1)
+            cell = "-" if measured is None else format_number(measured["mean"], 1)
             if measured and change:
                 difference, images, seeds = _format_difference(change)
                 cell += f": {difference} (images {images}, seeds {seeds})"
             cells.append(cell)
         rows.append(cells)
-    title = f"AP by the square root of the area: mean, and difference to the reference ({100 * summary['level']:g} %)"
-    return Sheet(title, ["row", *(name.removeprefix("AP ") for name in summary["size_bins"])], rows)
+    by = "by the square root of the area" if summary["size_bins"] else "by object size"
+    title = f"AP {by}: mean, and difference to the reference ({100 * summary['level']:g} %)"
+    return Sheet(title, ["row", *(name.removeprefix("AP ") for name in names)], rows)
 
 
 def make_noise_sheet(summary: Summary) -> Sheet:
@@ -271,6 +275,10 @@ def _format_difference(change: Summary) -> list[str]:
     """Format a measured difference and its intervals over images and over seeds."""
     intervals = (format_interval(change[f"over_{what}"], 2, signed=True) or "none" for what in ("images", "seeds"))
     return [format_difference(change["value"], 2), *intervals]
+
+
+def _has_difference(row: Summary) -> bool:
+    return bool(row.get("difference"))
 
 
 def _format_line(cells: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from fusedet.ablation import power
 from fusedet.ablation.cost import measure_prediction, read_training_speed
 from fusedet.ablation.plan import FAILED, MARKER, TIMES, Plan, Run, State
 from fusedet.ablation.spec import DELTA, METRICS, RESAMPLED, Row, Table
-from fusedet.ablation.summary_text import draw_conclusion, shorten_path
+from fusedet.ablation.summary_text import conclude_sizes, draw_conclusion, list_sizes, shorten_path
 from fusedet.api.predictor import pick_device
 from fusedet.api.run_dir import read_json
 from fusedet.evaluation import bootstrap
@@ -48,7 +48,7 @@ def summarize_runs(plan: Plan, costs: Mapping[str, Tree], *, resamples: int = 10
         - classes: the same of each class
         - noise: see `power.Noise`, of the table's metric; None where it is not resampled
         - cost: counts, prediction and training
-        - conclusion: a sentence or two
+        - conclusion: sentences about the table's metric and about object sizes
     """
     runs = {label: plan.runs(label) for label in plan.configs}
     states = plan.states()
@@ -89,7 +89,8 @@ def summarize_runs(plan: Plan, costs: Mapping[str, Tree], *, resamples: int = 10
                 "cost": {**costs[row.label], "prediction": speeds.get(same), "training": _average_speed(own)},
             }
             summary |= _compute_differences(plan, row.label, finished, metrics, samples, bins)
-            summary["conclusion"] = draw_conclusion(summary, plan.table.metric, plan.runs_of)
+            sizes = conclude_sizes(summary, list_sizes(plan.table.metric, bins))
+            summary["conclusion"] = f"{draw_conclusion(summary, plan.table.metric, plan.runs_of)} {sizes}".strip()
         rows.append(summary)
     table = _describe_table(plan) | {"resamples": resamples, "level": LEVEL, "size_bins": list(bins)}
     return table | {"rows": rows}

@@ -1,7 +1,7 @@
 """Texts of a summary: conclusions, coverage of the intervals, notes, cost, and paths without machine-specific parts."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +59,7 @@ def draw_conclusion(row: Summary, metric: str, runs_of: Mapping[str, str]) -> st
     value = change["value"]
     head = f"{metric} {format_difference(value, 2)[1:]} {'higher' if value > 0 else 'lower'} than '{reference}'"
     images, seeds = (format_interval(change[f"over_{name}"], 2, signed=True) for name in ("images", "seeds"))
-    clear_over_images, clear_over_seeds = (
-        ends is not None and not ends[0] <= 0 <= ends[1] for ends in (change["over_images"], change["over_seeds"])
-    )
+    clear_over_images, clear_over_seeds = (_excludes_0(change[f"over_{name}"]) for name in ("images", "seeds"))
     if metric not in RESAMPLED:
         if change["over_seeds"] is None:
             return f"No conclusion: {ONE_SEED[0].lower()}{ONE_SEED[1:]} {NO_IMAGE_INTERVAL}"
@@ -80,6 +78,35 @@ def draw_conclusion(row: Summary, metric: str, runs_of: Mapping[str, str]) -> st
     if clear_over_seeds:
         return f"{head} on these images, for other seeds too ({seeds}); other images may change the sign ({images})."
     return f"No conclusion: both intervals contain 0, over images {images}, over seeds {seeds}."
+
+
+def list_sizes(metric: str, bins: Sequence[str]) -> Sequence[str]:
+    """List the metrics by object size: those of the size bins, or of COCO's small, medium and large objects."""
+    kind = "mask_" if metric.startswith("mask_") else ""
+    return bins or [f"{kind}{name}" for name in ("APs", "APm", "APl")]
+
+
+def conclude_sizes(row: Summary, names: Sequence[str]) -> str:
+    """Say for which object sizes both intervals of a row's difference to its reference exclude 0; "" if none is known.
+
+    Args:
+        row: Row of a summary.
+        names: Metrics by object size, as `list_sizes` returns them.
+    """
+    changes = {name: change for name in names if (change := (row["difference"] or {}).get(name)) is not None}
+    known = {name: change for name, change in changes.items() if change["value"] is not None}
+    is_clear = {
+        name: all(_excludes_0(own[f"over_{what}"]) for what in ("images", "seeds")) for name, own in known.items()
+    }
+    clear = ", ".join(f"{name} ({format_difference(known[name]['value'], 2)})" for name in known if is_clear[name])
+    unclear = ", ".join(name for name in known if not is_clear[name])
+    if clear:
+        return f"Both intervals exclude 0 for {clear}" + (f"; not for {unclear}." if unclear else ".")
+    return f"No conclusion for {unclear}." if unclear else ""
+
+
+def _excludes_0(ends: Sequence[float] | None) -> bool:
+    return ends is not None and not ends[0] <= 0 <= ends[1]
 
 
 def describe_coverage(summary: Summary) -> list[str]:
