@@ -9,7 +9,7 @@ from fusedet import evaluation, visualization
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.dataset_images import read_dataset_image
 from fusedet.evaluation.image_matching import IGNORED, match_images
-from fusedet.evaluation.results import DetectionTable, Result
+from fusedet.evaluation.results import DetectionTable, Result, build_detection_table
 
 SHOWN = 0.3  # the least score of what is drawn
 
@@ -29,19 +29,18 @@ def make_painter(
     dataset: DetectionDataset, results: Sequence[Result] | DetectionTable
 ) -> Callable[[int], Image | None]:
     """Return a function that draws the ground truth and detections of at least `SHOWN` in image i."""
-    pairs = match_images(dataset, results, score=SHOWN)
+    table = build_detection_table(dataset, results)
 
     def paint(i: int) -> Image | None:
         record = dataset[i]
         if not record.path.is_file():  # results can be scored without the images
             return None
-        own = slice(*np.searchsorted(pairs.images, (i, i + 1)))
-        matches = pairs.matches[own]
+        pairs = match_images(dataset, table.select(table.images == i), score=SHOWN)
         return visualization.draw_comparison(
             read_dataset_image(dataset, record),
             (record.boxes, record.labels, record.eval_ignore),
-            (pairs.boxes[own], pairs.labels[own], pairs.scores[own], matches == IGNORED),
-            np.where(matches < 0, -1, matches - int(dataset.offsets[i])),
+            (pairs.boxes, pairs.labels, pairs.scores, pairs.matches == IGNORED),
+            np.where(pairs.matches < 0, -1, pairs.matches - int(dataset.offsets[i])),
             dataset.names,
         )
 

@@ -59,6 +59,10 @@ class DetectionTable:
     def __len__(self) -> int:
         return len(self.scores)
 
+    def select(self, own: np.ndarray) -> "DetectionTable":
+        """Return the detections of a mask (D,)."""
+        return DetectionTable(self.images[own], self.labels[own], self.scores[own], self.boxes[own])
+
 
 def build_detection_table(
     dataset: DetectionDataset, results: Sequence[Result] | DetectionTable, *, boxes: bool = True
