@@ -105,7 +105,7 @@ class Checkpoint(BaseModel):
     optimizer: OptimizerState
     ema: ByName[Tensor] | None
     ema_updates: Count
-    scaler: ByName[float]
+    scaler: ByName[int | float]
     processes: list[ProcessState]
     tables: Tables
     plan: ByName[bool | int | str | None]

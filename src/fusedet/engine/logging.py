@@ -177,7 +177,8 @@ class MLflow(_Service):
 
         if self._run is None:
             self._run = mlflow.start_run(run_name=self.version)
-        mlflow.log_metrics(metrics, step=step)
+        allowed = {name.replace("@", "_at_"): value for name, value in metrics.items()}  # it refuses AP@300
+        mlflow.log_metrics(allowed, step=step)
 
     def finalize(self, status: str) -> None:
         """Close the run."""

@@ -90,9 +90,10 @@ def _interrupted(run: TrainingRun) -> Interrupted:
 
 def _train_epoch(run: TrainingRun) -> None:
     """Do the remaining steps of the epoch."""
-    for part in run.detector.modules():
-        if isinstance(part, EpochDependent):
-            part.set_epoch(run.state["epoch"])
+    for module in {run.detector, run.eval_module}:  # the averaged copy computes the losses of a validation
+        for part in module.modules():
+            if isinstance(part, EpochDependent):
+                part.set_epoch(run.state["epoch"])
     run.pace.start()
     every = run.checkpoint_every.steps
     for batches in _accumulation_groups(run):
