@@ -63,6 +63,35 @@ def test_available_memory():
     assert 0 < batch_size.read_available_memory() < 2**50
 
 
+@pytest.mark.parametrize(
+    ("own", "folder", "names"),
+    [
+        ("0::/", "", ("memory.max", "memory.current", "inactive_file")),
+        ("0::/slurm/job/step", "slurm/job", ("memory.max", "memory.current", "inactive_file")),
+        (
+            "9:cpu:/a\n4:memory:/a/b",
+            "memory/a",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ),
+    ],
+    ids=["container", "a parent's limit", "version 1"],
+)
+def test_memory_of_control_groups(tmp_path, own, folder, names):
+    """A limit of 16, of which 14 are used, 9 of them for cached files, on a machine with 200 available."""
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 300 kB\nMemAvailable: 200 kB\n")
+    assert batch_size.read_available_memory(tmp_path) == 200 * 1024
+    (tmp_path / "proc/self/cgroup").write_text(own)
+    group = tmp_path / "sys/fs/cgroup" / folder
+    group.mkdir(parents=True)
+    (group / names[0]).write_text(f"{16 * 1024}\n")
+    (group / names[1]).write_text(f"{14 * 1024}\n")
+    (group / "memory.stat").write_text(f"anon 5\n{names[2]} {9 * 1024}\n")
+    assert batch_size.read_available_memory(tmp_path) == 11 * 1024
+    (group / names[0]).write_text("max\n")
+    assert batch_size.read_available_memory(tmp_path) == 200 * 1024
+
+
 def test_largest_size(scenes):
     """The generated images are landscape and portrait of 64 to 96 pixels."""
     config = load("retinanet_tiny", [f"data={scenes}", "data.size=[64,96]"])

@@ -1,7 +1,7 @@
 """The largest batch whose training step fits into memory, for train.batch=auto."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -130,19 +130,44 @@ def _make_batch(count: int, shape: tuple[int, int, int], masks: bool) -> Batch:
     )
 
 
-def read_available_memory() -> int:
-    """Return the bytes of memory that this process may still take: of the machine, and of its control group."""
+def read_available_memory(root: Path = Path("/")) -> int:
+    """Return the bytes of memory that this process may still take: of the machine, and of its control groups.
+
+    Args:
+        root: Where `proc` and `sys` are.
+    """
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = (root / "proc/meminfo").read_text().splitlines()
         available = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):  # not Linux
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
+    for folder, (limit, used, cache) in _find_control_groups(root):
         try:
-            available = min(available, int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):  # no such group, or "max"
+            statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            taken = int((folder / used).read_text()) - int(statistics[cache])  # the kernel gives cached files back
+            available = min(available, int((folder / limit).read_text()) - taken)
+        except (OSError, ValueError, KeyError):  # no such group, or "max"
             continue
     return max(0, available)
+
+
+_GROUP_FILES = {
+    "": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+"""Names of the limit, the usage and the statistic of cached files, by the controller in /proc/self/cgroup."""
+
+
+def _find_control_groups(root: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:
+    """Yield the folders of this process's groups for memory and of their parents, with the names of their files."""
+    try:
+        lines = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
+    except OSError:  # not Linux
+        lines = []
+    own = {controller: path for _, controllers, path in lines for controller in controllers.split(",")}
+    for controller, files in _GROUP_FILES.items():
+        mount, path = root / "sys/fs/cgroup" / controller, own.get(controller, "/").strip("/")
+        for folder in (mount / path, *(mount / path).parents):
+            yield folder, files
+            if folder == mount:
+                break
