@@ -135,6 +135,9 @@ def plot_ap_by_size(rows: Sequence[RowSummary], baseline: str | None, path: Path
                 axes.plot([measured["low"], measured["high"]], [i, i], color=color, lw=2, solid_capstyle="round")
             axes.plot(measured["values"], [i] * len(measured["values"]), "|", color=color, ms=7, alpha=0.7)
             axes.plot(measured["mean"], i, "o", color=color, ms=5)
+    for axes in panels:  # a t interval of few seeds may leave AP's range
+        low, high = axes.get_xlim()
+        axes.set_xlim(max(low, -2), min(high, 102))
     labels = [row["label"] for row in rows]
     panels[0].set_yticks(range(len(rows)), labels, fontfamily=colors.font_families(labels), fontsize=9)
     panels[0].set_ylim(len(rows) - 0.5, -0.5)
