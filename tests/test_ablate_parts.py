@@ -1,7 +1,7 @@
 """Parts of an ablation without a training: budget, estimated durations, peak memory and conclusions."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -143,14 +143,14 @@ AP = {"over_images": [0.2, 1.8], "over_seeds": [0.1, 1.9], "value": 1.0}
 )
 def test_conclusions(change: dict[str, Any], message: str) -> None:
     row = {"label": "b", "reference": "a", "measured": {"AP": {}}, "difference": {"AP": AP | change}}
-    assert re.search(message, summary_text.draw_conclusion(row, "AP", {"a": "a", "b": "b"}))
+    assert re.search(message, summary_text.draw_conclusion(row, "AP", {"a": "a", "b": "b"}, ["a"]))
 
 
 def test_conclusions_about_a_metric_without_an_interval_over_images() -> None:
     def conclude(over_seeds: list[float] | None) -> str:
         change = {"value": 1.0, "over_images": None, "over_seeds": over_seeds}
         row = {"label": "b", "reference": "a", "measured": {"VOC_AP": {}}, "difference": {"VOC_AP": change}}
-        return summary_text.draw_conclusion(row, "VOC_AP", {"a": "a", "b": "b"})
+        return summary_text.draw_conclusion(row, "VOC_AP", {"a": "a", "b": "b"}, ["a"])
 
     assert conclude([0.1, 1.9]).startswith(
         "VOC_AP 1.00 higher than 'a' on these images, for other seeds too (+0.10 to +1.90). There is no"
@@ -188,11 +188,16 @@ def test_conclusions_about_object_sizes(images: list[float] | None, seeds: list[
 def test_conclusions_without_a_difference() -> None:
     runs_of = {"a": "a", "b": "b", "c": "a"}
     measured = {"label": "b", "reference": "a", "measured": {"AP": {}}, "difference": None}
-    assert "'a' was not measured" in summary_text.draw_conclusion(measured, "AP", runs_of)
-    assert "baseline was not measured" in summary_text.draw_conclusion(measured | {"reference": None}, "AP", runs_of)
-    assert summary_text.draw_conclusion(measured | {"label": "a"}, "AP", runs_of).startswith("The baseline of")
-    assert summary_text.draw_conclusion(measured | {"label": "c"}, "AP", runs_of) == "The same config as 'a'."
-    assert "Not measured" in summary_text.draw_conclusion(measured | {"measured": None}, "AP", runs_of)
+
+    def conclude(change: dict[str, Any], references: Sequence[str] = ("a",)) -> str:
+        return summary_text.draw_conclusion(measured | change, "AP", runs_of, references)
+
+    assert "'a' was not measured" in conclude({})
+    assert "baseline was not measured" in conclude({"reference": None})
+    assert conclude({"label": "a"}) == "The baseline of the other rows."
+    assert conclude({"label": "a"}, ()) == "Compared with no other row."
+    assert conclude({"label": "c"}) == "The same config as 'a'."
+    assert "Not measured" in conclude({"measured": None})
 
 
 # -- the table of a dry run

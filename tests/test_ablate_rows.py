@@ -186,6 +186,34 @@ def test_references_run_before_the_rows_compared_with_them(scenes: Path, tmp_pat
     assert [row[0].label for row in plan.selected_runs()] == ["A", "A+", "B", "C", "B+"]
 
 
+CITED = """
+base: retinanet_tiny
+rows:
+  - {label: plain, published: {AP: 35.5}}
+  - {label: more, overrides: [train.lr=0.5], published: {AP: 36.4}}
+  - {label: quoted, cited: true, base: retinanet_tiny, overrides: [train.lr=0.25], published: {AP: 43.6}}
+  - {label: shown, cited: true, published: {AP: 41.0}}
+"""
+
+
+def test_cited_rows_with_a_base_are_reported(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their own metrics and noise stand beside the cited metrics; they are no baseline of other rows."""
+    plan = make_plan(tmp_path, CITED, scenes, *SMALL)
+    finish_runs(plan, lambda run: make_results(plan.val, 0.2 + 0.1 * run.seed, 0.2))
+    report_data = summarize(plan, monkeypatch)
+    plain, more, quoted, shown = report_data["rows"]
+    assert [row["cited"] for row in report_data["rows"]] == [False, False, False, True]
+    assert (quoted["published"], quoted["measured"]["AP"]["mean"]) == ({"AP": 43.6}, plain["measured"]["AP"]["mean"])
+    assert (len(quoted["runs"]), quoted["noise"]["runs"], quoted["difference"]) == (2, 2, None)
+    assert quoted["conclusion"] == "Compared with no other row."
+    assert plain["conclusion"] == "The baseline of the other rows."
+    assert more["difference"]["AP"]["value"] == 0
+    assert "measured" not in shown
+    sheet = render.make_difference_sheet(report_data)
+    assert "AP - 'plain'" in sheet.head
+    assert [cells[1:3] for cells in sheet.rows[2:]] == [["43.6", sheet.rows[0][2]], ["41.0", "cited"]]
+
+
 def test_unknown_reference_of_a_row(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("base: retinanet_tiny\nrows: [{label: aa}, {label: b, reference: a}]\n")
     with pytest.raises(InputError, match=r"mine.yaml: unknown reference 'a' of row 'b': did you mean 'aa'"):

@@ -59,7 +59,7 @@ def make_difference_sheet(summary: Summary) -> Sheet:
     """Make the table of the published and measured metric, with both intervals of the difference to the reference."""
     level, name = f"{100 * summary['level']:g} %", summary["metric"]
     own = [row for row in summary["rows"] if not row["cited"]]
-    references = {row["reference"] for row in own}
+    references = {row["reference"] for row in own if row["reference"] != row["label"]}
     incomplete = any(count_finished(row) < summary["seeds"] for row in own)
     head = [
         "row",

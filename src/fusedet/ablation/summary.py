@@ -63,11 +63,13 @@ def summarize_runs(plan: Plan, costs: Mapping[str, Tree], *, resamples: int = 10
         for run, sample in zip(own, samples.get(plan.runs_of[label], ())):
             on_dataset = dict(zip(sample.names, 100 * sample.metrics[:, 0]))
             metrics[run.folder] |= {name: float(on_dataset[name]) for name in bins if not math.isnan(on_dataset[name])}
+    compared = [(label, plan.reference(label)) for label in plan.configs]
+    references = {reference for label, reference in compared if reference != label}
     rows = []
     for row in plan.table.rows:
         summary: Tree = {
             "label": row.label,
-            "cited": row.cited,
+            "cited": row.is_only_cited,
             "published": dict(row.published),
             "published_difference": published_differences(plan.table, row),
             "params_M": row.params_M,
@@ -75,7 +77,7 @@ def summarize_runs(plan: Plan, costs: Mapping[str, Tree], *, resamples: int = 10
             "split": row.split or plan.table.split,
             "note": row.note,
         }
-        if not row.cited:
+        if not row.is_only_cited:
             own, same, weights = finished[row.label], plan.runs_of[row.label], plan.weights_of[row.label]
             summary |= {
                 "base": row.base or plan.table.base,
@@ -90,7 +92,8 @@ def summarize_runs(plan: Plan, costs: Mapping[str, Tree], *, resamples: int = 10
             }
             summary |= _compute_differences(plan, row.label, finished, metrics, samples, bins)
             sizes = conclude_sizes(summary, list_sizes(plan.table.metric, bins))
-            summary["conclusion"] = f"{draw_conclusion(summary, plan.table.metric, plan.runs_of)} {sizes}".strip()
+            conclusion = draw_conclusion(summary, plan.table.metric, plan.runs_of, references)
+            summary["conclusion"] = f"{conclusion} {sizes}".strip()
         rows.append(summary)
     table = _describe_table(plan) | {"resamples": resamples, "level": LEVEL, "size_bins": list(bins)}
     return table | {"rows": rows}

@@ -1,7 +1,7 @@
 """Texts of a summary: conclusions, coverage of the intervals, notes, cost, and paths without machine-specific parts."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +36,20 @@ def shorten_path(argument: str, keep: int = 1) -> str:
     return f"{key}={short}" if sign else short
 
 
-def draw_conclusion(row: Summary, metric: str, runs_of: Mapping[str, str]) -> str:
+def draw_conclusion(row: Summary, metric: str, runs_of: Mapping[str, str], references: Container[str | None]) -> str:
     """Say in a sentence or two what the intervals of a row's difference to its reference allow one to conclude.
 
     Args:
         row: Row of a summary: label, reference, measured and difference.
         metric: Metric of the conclusion.
         runs_of: By label, the row whose runs a row uses.
+        references: Labels of the rows that other rows are compared with.
     """
     reference = row["reference"]
     if reference is not None and runs_of[row["label"]] == runs_of[reference]:
-        same = "The baseline of the other rows" if row["label"] == reference else f"The same config as '{reference}'"
+        same = f"The same config as '{reference}'"
+        if row["label"] == reference:
+            same = "The baseline of the other rows" if reference in references else "Compared with no other row"
         return f"{same}." if row["measured"] else f"{same}; not measured."
     if not row["measured"]:
         return "Not measured: no conclusion."
