@@ -543,6 +543,9 @@ def test_wrong_input(
         capsys, mine, data, out, "train.monitor=APX"
     )
     assert "no masks" in read_error(capsys, mine, data, out, "train.monitor=mask_AP")
+    assert "mine.yaml, row 'plain, 1 conv': train.batch=auto may choose another number in every run" in read_error(
+        capsys, mine, data, out, "train.batch=auto"
+    )
     assert "--budget 2x is not a duration" in read_error(capsys, mine, data, out, "--budget", "2x")
     assert cli.run(["ablate", mine, data, out, "--launcher", "pbs"]) == 2
     assert "'pbs' is not one of 'local', 'slurm'" in " ".join(capsys.readouterr().err.replace("│", " ").split())

@@ -224,6 +224,11 @@ def make_plan(
     configs = table.configs(*overrides, num_classes=classes)
     for label, options in configs.items():
         with prefix_errors(f"{table.source}, row '{label}'"):
+            if options.train.batch == "auto":
+                raise InputError(
+                    "train.batch=auto may choose another number in every run, and only rows of equal batches are "
+                    "comparable: set a number, such as train.batch=16"
+                )
             check_monitor(options)
             if data:
                 learns_masks(options, build_meta_detector(options, classes), *data[label])

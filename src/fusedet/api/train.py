@@ -43,7 +43,7 @@ from fusedet.api.train_inputs import (
     training_images,
 )
 from fusedet.atomic_io import write_atomically
-from fusedet.config import Config, apply_overrides
+from fusedet.config import Config, apply_overrides, load
 from fusedet.data.bad_images import BadImageLog
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.loader import TrainLoader, build_train_loader
@@ -167,7 +167,11 @@ def _fit(
     masks = learns_masks(config, detector, data, val)
     images, transform = training_images(config, data), train_transform(config)
     if config.train.batch == "auto":
-        config = choose_batch(fabric, config, detector, images, masks, say)
+        if is_begun:  # a resumed run keeps the number that was chosen when it began
+            batch = load(out / "config.yaml").train.batch
+            config = config.replace(train=config.train.replace(batch=batch))
+        else:
+            config = choose_batch(fabric, config, detector, images, masks, say)
     settings = config.train
     bad_image_log = None
     if settings.on_bad_image == "skip":
