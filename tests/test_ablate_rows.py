@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from fusedet.api.run_dir import write_json
 from fusedet.config import Config, Train
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.synthetic import generate_dataset
-from fusedet.errors import InputError
+from fusedet.errors import DivergenceError, InputError
 from fusedet.evaluation.mask_iou import encode_rle
 from shared_fixtures import SMALL
 
@@ -330,6 +331,31 @@ def test_output_directory_is_recognized_by_what_the_table_runs(scenes: Path, tmp
     for old in ("mine", str(tmp_path / "mine.yaml")):  # as older versions wrote it
         marker.write_text(json.dumps({"table": old, "commands": []}))
         resume("mine", TESTS + "  - {label: third, overrides: [train.lr=0.5]}\n")
+
+
+def test_only_finished_runs_are_counted_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that was stopped or has diverged took less time than a whole one."""
+
+    def train(config: Config, **options: Any) -> None:
+        folder = Path(str(config.out))
+        folder.mkdir()
+        (folder / "config.yaml").write_text("{}")
+        now[0] += 5
+        if error := errors.get(folder.name):
+            raise error
+        (folder / "metrics.json").write_text("{}")
+
+    now, clock = [0.0], estimate.Clock({"a": 1.0}, {})
+    errors = {"stopped": KeyboardInterrupt(), "diverged": DivergenceError("loss is nan at step 3")}
+    monkeypatch.setattr(worker, "train", train)
+    monkeypatch.setattr(worker.time, "perf_counter", lambda: now[0])
+    for name, expected in (("stopped", None), ("diverged", None), ("whole", 5)):
+        run = Run("a", Config(out=str(tmp_path / name)))
+        with suppress(KeyboardInterrupt):
+            worker.execute_run(run)
+        assert json.loads((run.folder / "time.json").read_text())["seconds"] == 5
+        clock.add(run)
+        assert clock.expected("a") == expected
 
 
 def test_time_of_all_sessions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

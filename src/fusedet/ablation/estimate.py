@@ -8,7 +8,7 @@ from statistics import fmean, median
 
 import torch
 
-from fusedet.ablation.plan import TIMES, Plan, Run, Split
+from fusedet.ablation.plan import FAILED, TIMES, Plan, Run, Split
 from fusedet.api.detection import build_tta_transforms
 from fusedet.api.detector_evaluation import build_val_loader, detect, has_mask_branch
 from fusedet.api.predictor import pick_device
@@ -63,7 +63,9 @@ class Clock:
         return None if rate is None else rate * self.work[label]
 
     def add(self, run: Run) -> None:
-        """Add the duration of a finished run, unless it was interrupted."""
+        """Add the duration of a run, unless it has not finished, has failed, or was interrupted before."""
+        if (run.folder / FAILED).is_file() or read_json(run.folder / "metrics.json") is None:
+            return
         times = read_json(run.folder / TIMES)
         if times and not times["resumed"] and times["seconds"] is not None:
             self.seconds.setdefault(run.label, []).append(times["seconds"])

@@ -76,7 +76,7 @@ class Queue:
         return None
 
     def mark_finished(self, run: Run) -> None:
-        """Free the run's place and note its duration."""
+        """Free the run's place and note its duration if it has finished."""
         self.running.pop(run.folder, None)
         self.clock.add(run)
 
