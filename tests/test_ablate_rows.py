@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fusedet import ablation, cli
+from fusedet import ablation, cli, evaluation
 from fusedet.ablation import cost, estimate, launcher, render, report, summary, summary_text, worker
 from fusedet.ablation.plan import Plan, Run
 from fusedet.api import detector_evaluation
@@ -279,6 +279,27 @@ def test_row_with_another_test_section_is_not_trained(
     ablation.run_plan(plan, ablation.LaunchOptions(resamples=40), say=lambda text: None, quiet=True)
     assert len(trained) == 1
     assert (source / "test-with_tta" / "metrics.json").read_text() == before
+
+
+def test_rows_with_the_same_weights_are_compared_by_seed(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The noise between seeds cancels; a seed that one of the rows lacks is left out."""
+    plan = make_plan(tmp_path, TESTS, scenes, *SMALL, seeds=3)
+    finish_runs(plan, lambda run: make_results(plan.val, 0.3 * run.seed + 0.1 * (run.label == "plain"), 0.0))
+
+    def compare() -> None:
+        plain, augmented = summarize(plan, monkeypatch)["rows"]
+        values = [row["measured"]["AP"]["values"] for row in (plain, augmented)]
+        expected = evaluation.compute_seed_difference(values[0][: len(values[1])], values[1], paired=True)
+        change = augmented["difference"]["AP"]
+        assert change["value"] == pytest.approx(expected.value)
+        assert change["over_seeds"] == pytest.approx([expected.low, expected.high])
+        assert change["over_images"][0] <= change["value"] <= change["over_images"][1]
+
+    compare()
+    (plan.runs("with TTA")[2].folder / "metrics.json").unlink()
+    compare()
 
 
 def test_scoring_waits_for_the_weights(tmp_path: Path) -> None:

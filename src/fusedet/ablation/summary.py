@@ -44,7 +44,7 @@ def summarize_runs(plan: Plan, costs: Mapping[str, Tree], *, resamples: int = 10
         - measured: {metric: {mean, low, high, values}} with the t interval over seeds
         - reference: label of the row to compare with
         - difference: {metric: {value, over_images: [low, high], over_seeds: [low, high]}}, by the paired bootstrap of
-          the mean over seeds and by Welch's t
+          the mean over seeds and by Welch's t, or of rows with the same weights by the t of the differences by seed
         - classes: the same of each class
         - noise: see `power.Noise`, of the table's metric; None where it is not resampled
         - cost: counts, prediction and training
@@ -210,21 +210,25 @@ def _compute_differences(
     samples: Mapping[str, Sequence[bootstrap.ResampledMetrics]],
     bins: Sequence[str],
 ) -> Tree:
-    """Compute the differences of a row to its reference by metric and by class; None without such runs."""
+    """Compute the differences of a row to its reference by metric and by class; None without such runs.
+
+    Rows with the same weights are compared seed by seed, on the seeds that both have.
+    """
     pair = _measured_pair(plan, label, finished)
     if not pair:
         return {"difference": None, "classes": None}
-    reference, row = (bootstrap.average_runs(samples[plan.runs_of[name]]) for name in pair)
+    common = set.intersection(*({run.seed for run in finished[name]} for name in pair))
+    paired = bool(common) and len({plan.weights_of[name] for name in pair}) == 1
+    runs = [
+        [both for both in zip(finished[name], samples[plan.runs_of[name]]) if not paired or both[0].seed in common]
+        for name in pair
+    ]
+    reference, row = (bootstrap.average_runs([sample for _, sample in side]) for side in runs)
     over_images = bootstrap.compute_difference(reference, row, plan.val.names)
-    sides = [[metrics[run.folder] for run in finished[name]] for name in pair]
+    sides = [[metrics[run.folder] for run, _ in side] for side in runs]
     changes = {}
     for name in compared_metrics(plan.table.metric, bins):
-        values = [[run[name] for run in side if name in run] for side in sides]
-        over_seeds = (
-            evaluation.compute_seed_difference(*values, paired=False)
-            if all(values)
-            else ConfidenceInterval(math.nan, math.nan, math.nan)
-        )
+        over_seeds = _compute_over_seeds(name, sides, paired)
         change: Tree = {"value": _none_if_nan(over_seeds.value), "over_images": None}
         if (resampled := over_images.get(name.removeprefix("mask_"))) is not None:
             change = _image_interval(resampled)
@@ -233,6 +237,16 @@ def _compute_differences(
         "difference": changes,
         "classes": [{"name": row["name"]} | _image_interval(row) for row in over_images["classes"]],
     }
+
+
+def _compute_over_seeds(name: str, sides: Sequence[Sequence[Tree]], paired: bool) -> ConfidenceInterval:
+    """Compute the difference of a metric with its interval over seeds; NaN where a side lacks the metric."""
+    if paired:
+        sides = list(zip(*(pair for pair in zip(*sides) if all(name in run for run in pair)))) or [(), ()]
+    values = [[run[name] for run in side if name in run] for side in sides]
+    if not all(values):
+        return ConfidenceInterval(math.nan, math.nan, math.nan)
+    return evaluation.compute_seed_difference(*values, paired=paired)
 
 
 def _measured_pair(plan: Plan, label: str, finished: Mapping[str, Sequence[Run]]) -> tuple[str, str] | None:

@@ -119,8 +119,8 @@ def describe_coverage(summary: Summary) -> list[str]:
     lines = [
         f"Measured on {val['images']} images of {val['source']}; published on the data of the paper. Other data or "
         "another recipe gives other levels: compare differences within a column, not the columns.",
-        f"Over seeds ({level}): Student's t interval of the mean, for differences Welch's. It covers other seeds on "
-        "these images.",
+        f"Over seeds ({level}): Student's t interval of the mean, for differences Welch's, or that of the differences "
+        "by seed if two rows score the same weights. It covers other seeds on these images.",
     ]
     if summary["resampled"]:
         lines.append(
