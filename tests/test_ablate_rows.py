@@ -17,8 +17,10 @@ from fusedet.ablation.plan import Plan, Run
 from fusedet.api import detector_evaluation
 from fusedet.api.run_dir import write_json
 from fusedet.config import Config, Train
+from fusedet.data.class_balance import compute_repeat_factors, count_entries
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.synthetic import generate_dataset
+from fusedet.data.tiling import tile_dataset
 from fusedet.errors import DivergenceError, InputError
 from fusedet.evaluation.mask_iou import encode_rle
 from shared_fixtures import SMALL
@@ -328,6 +330,41 @@ def test_dry_run_on_a_few_images(tmp_path: Path) -> None:
     rows, basis = ablation.preview_plan(plan, say=lambda text: None)
     assert basis.startswith("one training step of 'plain'")
     assert all(row["seconds"] > 0 for row in rows[:2])
+
+
+SAMPLING = """
+base: retinanet_tiny
+rows:
+  - {label: plain}
+  - {label: tiles, overrides: ["data.tiles={size: 64, overlap: 0.2}"]}
+  - {label: balance, overrides: [train.balance=1]}
+"""
+
+
+def test_estimates_count_the_images_of_an_epoch(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training on tiles or repeated images takes the time of all of them, and the timed step is one of tiles."""
+    plan = make_plan(tmp_path, SAMPLING, scenes, *SMALL, "train.epochs=5")
+    train = plan.data["plain"][0]
+    factors = compute_repeat_factors(train, 1)
+    epochs = {"plain": len(train), "tiles": len(tile_dataset(train, 64, 0.2, 0.0)), "balance": count_entries(factors)}
+    assert len(train) < min(epochs["tiles"], epochs["balance"])
+    plain = estimate.count_work(plan, "plain", 1.0)
+    for label, images in epochs.items():
+        assert estimate.count_work(plan, label, 1.0) - plain == 3 * 5 * (images - len(train))
+    timed = []
+    real = estimate.build_train_loader
+    monkeypatch.setattr(
+        estimate,
+        "build_train_loader",
+        lambda images, *args, **options: timed.append(images) or real(images, *args, **options),
+    )
+    clock = estimate.Clock({}, {})
+    estimate.time_training_step(plan, "tiles", 1.0, clock)
+    assert len(timed[0]) == epochs["tiles"]
+    monkeypatch.setattr(estimate, "_measure_seconds", lambda *args: (3.0, 1.0))
+    for label in epochs:  # a step takes three times a prediction, as `count_work` assumes
+        estimate.time_training_step(plan, label, 1.0, clock)
+        assert clock.rate == pytest.approx(1)
 
 
 def test_output_directory_is_recognized_by_what_the_table_runs(scenes: Path, tmp_path: Path) -> None:

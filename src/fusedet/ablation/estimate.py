@@ -13,8 +13,10 @@ from fusedet.api.detection import build_tta_transforms
 from fusedet.api.detector_evaluation import build_val_loader, detect, has_mask_branch
 from fusedet.api.predictor import pick_device
 from fusedet.api.run_dir import read_json
-from fusedet.api.train_inputs import make_detector, train_transform
+from fusedet.api.train_inputs import make_detector, train_transform, training_images
 from fusedet.config import Config, to_seconds
+from fusedet.data.class_balance import compute_repeat_factors, count_entries
+from fusedet.data.dataset import DetectionDataset
 from fusedet.data.loader import build_train_loader
 from fusedet.data.tiling import count_windows
 from fusedet.errors import InputError, format_count
@@ -93,7 +95,8 @@ def count_work(plan: Plan, label: str, multiply_adds: float) -> float:
     validation = area * sum(count_windows(val, options.test.tiles))
     if plan.runs_of[label] != plan.weights_of[label]:
         return multiply_adds * validation
-    return multiply_adds * (3 * options.train.epochs * len(train) + _count_validations(options) * validation)
+    steps = 3 * options.train.epochs * _count_epoch(options, train)
+    return multiply_adds * (steps + _count_validations(options) * validation)
 
 
 def time_training_step(plan: Plan, label: str, multiply_adds: float, clock: Clock) -> None:
@@ -112,7 +115,8 @@ def time_training_step(plan: Plan, label: str, multiply_adds: float, clock: Cloc
     step, prediction = _measure_seconds(plan, label, data, device, count)
     windows = sum(count_windows(data[1], options.test.tiles))
     # Step and prediction have a rate each; a run mixes them as `count_work` does.
-    seconds = options.train.epochs * len(data[0]) * step + _count_validations(options) * windows * prediction
+    images = options.train.epochs * _count_epoch(options, data[0])
+    seconds = images * step + _count_validations(options) * windows * prediction
     # The rate is that of a training, even if this row only uses another row's weights.
     all_trained = replace(plan, weights_of=plan.runs_of)
     clock.rate = seconds / count_work(all_trained, label, multiply_adds)
@@ -120,6 +124,14 @@ def time_training_step(plan: Plan, label: str, multiply_adds: float, clock: Cloc
         f"one training step of '{label}' on {device} with {count} images, {step:.3g} s each, and a prediction, "
         f"{prediction:.3g} s; other rows by their multiply-adds"
     )
+
+
+def _count_epoch(options: Config, train: DetectionDataset) -> int:
+    """Count the images or tiles of an epoch, with the repetitions of train.balance."""
+    images = training_images(options, train)
+    if options.train.balance is None:
+        return len(images)
+    return count_entries(compute_repeat_factors(images, options.train.balance))
 
 
 def _count_validations(options: Config) -> int:
@@ -131,7 +143,8 @@ def _measure_seconds(plan: Plan, label: str, data: Split, device: torch.device, 
     """Measure the seconds per image of a training step and of a prediction, each after a warm-up."""
     options = plan.configs[label]
     detector = make_detector(options, data[1], lambda text: None, resume=True).to(device).train()
-    loader = build_train_loader(data[0], train_transform(options), batch=count, masks=has_mask_branch(detector))
+    images = training_images(options, data[0])
+    loader = build_train_loader(images, train_transform(options), batch=count, masks=has_mask_branch(detector))
     batches = (batch for epoch in count_up() for batch in loader.epoch(epoch))
     for _ in range(2):
         start = time.perf_counter()
