@@ -332,6 +332,21 @@ def test_dry_run_on_a_few_images(tmp_path: Path) -> None:
     assert all(row["seconds"] > 0 for row in rows[:2])
 
 
+def test_dry_run_of_a_row_with_the_weights_of_another_row(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its runs need the trainings of the other row, which count even if that row is not selected."""
+    plan = replace(make_plan(tmp_path, TESTS, scenes, *SMALL, seeds=3), selected=("with TTA",))
+    monkeypatch.setattr(
+        estimate, "time_training_step", lambda plan, label, multiply_adds, clock: setattr(clock, "rate", 1.0)
+    )
+    rows, _ = ablation.preview_plan(plan, say=lambda text: None)
+    assert [row["left"] for row in rows] == [3, 3]
+    assert rows[0]["seconds"] > rows[1]["seconds"] > 0
+    rows, _ = ablation.preview_plan(replace(plan, data={}), say=lambda text: None)
+    assert [row["left"] for row in rows] == [3, 3]
+
+
 SAMPLING = """
 base: retinanet_tiny
 rows:

@@ -102,7 +102,10 @@ def preview_plan(plan: Plan, *, say: Say = print) -> tuple[list[dict[str, Any]],
     if plan.out != Path():
         launcher.check_out_dir(plan)
     costs = count_costs(plan.configs, plan.classes)
-    clock, missing = None, {plan.runs_of[label]: plan.seeds for label in plan.selected}
+    # A row that scores the weights of another row needs its training.
+    weights = {plan.weights_of[label] for label in plan.selected if plan.weights_of[label] != plan.runs_of[label]}
+    needed = {*plan.selected, *weights}
+    clock, missing = None, {plan.runs_of[label]: plan.seeds for label in needed}
     if plan.data:
         clock = estimate.make_clock(plan, costs)
         missing = {runs[0].label: len(runs) for runs in launcher.list_unfinished(plan, plan.states()) if runs}
@@ -112,7 +115,7 @@ def preview_plan(plan: Plan, *, say: Say = print) -> tuple[list[dict[str, Any]],
     for row in plan.table.rows:
         cost = costs.get(row.label, {})
         # Of rows that share runs, the first one has them.
-        left = missing.pop(plan.runs_of[row.label], 0) if row.label in plan.selected else None
+        left = missing.pop(plan.runs_of[row.label], 0) if row.label in needed else None
         expected = clock.expected(plan.runs_of[row.label]) if clock and left else None
         rows.append(
             {
