@@ -19,6 +19,7 @@ import pytest
 import torch
 from rich.console import Console
 
+import fusedet
 from fusedet import ablation, cli
 from fusedet.ablation import cost, estimate, experiment, launcher, render, summary, summary_text, worker
 from fusedet.ablation.plan import Plan, Run
@@ -552,6 +553,16 @@ def test_wrong_input(
     assert "'pbs' is not one of 'local', 'slurm'" in " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert "one table at a time" in read_error(capsys, mine, "necks", data, out)
     assert not (tmp_path / "out").exists()
+
+
+def test_too_few_seeds_or_resamples(tmp_path: Path) -> None:
+    """Python refuses what the command line refuses, before it reads the table."""
+    for call in (fusedet.ablate, fusedet.estimate_power):
+        for option, least in (("seeds", 1), ("resamples", 40)):
+            with pytest.raises(InputError, match=f"^{option}={least - 1} must be {least} or more$"):
+                call(tmp_path / "absent.yaml", out=tmp_path / "out", **{option: least - 1})
+    with pytest.raises(InputError, match=r"^seeds=0 must be 1 or more$"):
+        fusedet.preview_ablation(tmp_path / "absent.yaml", seeds=0)
 
 
 def test_slurm_is_not_installed(

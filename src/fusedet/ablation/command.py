@@ -160,7 +160,7 @@ def ablate(
         parallel: Runs at a time on each device; on a CPU they share its cores.
         launcher: "local": here, on all GPUs; "slurm": a job per run.
         slurm: Parameters of the jobs as "key=value" texts, such as "timeout_min=600"; submitit takes them.
-        resamples: How often the bootstrap draws the images.
+        resamples: How often the bootstrap draws the images, 40 or more.
         say: Takes lines of progress.
         quiet: Whether progress bars are left out.
         settings: The same settings as `overrides`, by keyword.
@@ -172,7 +172,8 @@ def ablate(
     """
     require_choice("launcher", launcher, Launcher)
     require_at_least(1, parallel=parallel)
-    _check_call(table)
+    require_at_least(40, resamples=resamples)
+    _check_call(table, seeds)
     seconds = None if budget is None else parse_duration(budget)
     texts = to_overrides(overrides, settings)
     out, of_rows = _split_out(texts)
@@ -218,7 +219,7 @@ def preview_ablation(
     Raises:
         InputError: The table, a row or the data are wrong.
     """
-    _check_call(table)
+    _check_call(table, seeds)
     out, of_rows = _split_out(to_overrides(overrides, settings))
     loaded = spec.load_table(str(table))
     of_rows = _add_synthetic_data(loaded, of_rows, out)
@@ -241,14 +242,15 @@ def estimate_power(
         table: A shipped table's name or a YAML file.
         overrides: "key=value" texts for all rows, as in `ablate`; `out` is the directory with the runs.
         seeds: Seeds of each row that are planned; also how many runs of the baseline are read, as far as finished.
-        resamples: How often the bootstrap draws the images.
+        resamples: How often the bootstrap draws the images, 40 or more.
         say: Takes lines of progress.
         settings: The same settings as `overrides`, by keyword.
 
     Raises:
         InputError: The table or the data are wrong, or the baseline has no finished run.
     """
-    _check_call(table)
+    require_at_least(40, resamples=resamples)
+    _check_call(table, seeds)
     out, of_rows = _split_out(to_overrides(overrides, settings))
     loaded = spec.load_table(str(table))
     made = plan.make_plan(loaded, _add_synthetic_data(loaded, of_rows, out), seeds=seeds, out=out or "", say=say)
@@ -297,8 +299,9 @@ def _split_out(texts: Sequence[str]) -> tuple[str | None, list[str]]:
     return config.parse(config.apply_overrides({}, out)).out, [text for text in texts if text not in out]
 
 
-def _check_call(table: str | Path | None) -> None:
-    """Raise InputError if no table is given, or for one of several processes."""
+def _check_call(table: str | Path | None, seeds: int) -> None:
+    """Raise InputError if no table or no seed is given, or for one of several processes."""
+    require_at_least(1, seeds=seeds)
     if table is None:
         names = ", ".join(spec.list_tables())
         raise InputError(
