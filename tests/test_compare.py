@@ -131,8 +131,16 @@ def test_results_files(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Pat
     assert mixed["metrics"] == by_folder, "one run says on which data the other's results are"
 
 
-def test_the_same_twice(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path]) -> None:
-    result = run_json(capsys, "compare", runs[0], runs[0], "--resamples", 40)
+def test_the_same_twice(
+    capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a run directory whose name has a dot, as learning rates have."""
+    titles: list[str] = []
+    monkeypatch.setattr(visualization, "plot_differences", lambda rows, file, title, mean: titles.append(title))
+    run = runs[0].rename(runs[0].with_name("lr0.01"))
+    result = run_json(capsys, "compare", run, run, "--resamples", 40)
+    assert Path(result["out"]).name == "compare-lr0.01"
+    assert titles[0].startswith("lr0.01 less lr0.01: ")
     assert result["conclusion"] == "Nothing can be concluded: A and B are the same, detection by detection."
     assert all(
         row["difference"] == row["low"] == row["high"] == 0

@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from fusedet import config, evaluation, visualization
 from fusedet.api import run_dir
 from fusedet.api.results import CommandResult, format_paths, group_lines, list_files
-from fusedet.api.settings import Settings, refuse_other_keys, to_overrides
+from fusedet.api.settings import Settings, get_source_name, refuse_other_keys, to_overrides
 from fusedet.api.tables import comparison_table
 from fusedet.api.worst_images import make_painter
 from fusedet.config import Config
@@ -113,7 +113,7 @@ def compare(
         "classes": metrics["classes"],
         "errors": {side: evaluation.analyze_errors(dataset, table) for side, table in zip("ab", tables)},
     }
-    name = f"compare-{Path(a).stem}"
+    name = f"compare-{get_source_name(a)}"
     out = run_dir.create_run_dir(options.out or run_dir.find_free_path(run_dir.parent_of(b), name))
     files = {
         "comparison": out / "compare.json",
@@ -208,4 +208,4 @@ def _differing(dataset: DetectionDataset, tables: list[DetectionTable], n: int =
 
 def _short(source: str) -> str:
     path = Path(source)
-    return path.parent.name if path.name == RESULTS and path.parent.name else path.stem
+    return path.parent.name if path.name == RESULTS and path.parent.name else get_source_name(source)

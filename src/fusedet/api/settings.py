@@ -138,10 +138,11 @@ def training_config(
         return options
     if get_ranks()[1] > 1:
         raise InputError("several processes need one output directory: add out=DIR")
-    return options.replace(out=str(run_dir.find_free_path("runs", _run_name(source))))
+    return options.replace(out=str(run_dir.find_free_path("runs", get_source_name(source))))
 
 
-def _run_name(source: str | Path) -> str:
+def get_source_name(source: str | Path) -> str:
+    """Return the last name of a run directory or of published weights, or a file's name without its suffix."""
     path = Path(source)
     return path.name if path.is_dir() or is_published_name(source) else path.stem
 
