@@ -2,6 +2,7 @@
 
 import builtins
 import errno
+import importlib
 import io
 import json
 import os
@@ -23,7 +24,7 @@ from fusedet.api.coco_submission import write_submission
 from fusedet.api.detector_evaluation import write_report
 from fusedet.config import Config
 from fusedet.data.readers.auto import read_dataset
-from fusedet.errors import StorageError
+from fusedet.errors import InputError, StorageError
 from fusedet.interop.conversion import ConvertedCheckpoint
 from fusedet.visualization import training_curves
 from test_compare import guesses
@@ -142,6 +143,48 @@ def test_a_file_that_cannot_be_written(inputs: Inputs, write: Callable[[Inputs],
         write(inputs)
     assert caught.value.exit_code == 4
     assert not [file for file in inputs.out.rglob("*") if name in file.name]
+
+
+def validate(own: Inputs) -> None:
+    fusedet.validate(own.b, data={"path": own.data}, out=own.out / "new" / "val")
+
+
+def measure_new_tiles(own: Inputs) -> None:
+    fusedet.measure_tiles(own.run, test={"tiles": {"size": 64}}, out=own.out / "new" / "tiles")
+
+
+def benchmark(own: Inputs) -> None:
+    fusedet.benchmark(own.run, formats="eager", out=own.out / "new" / "benchmark")
+
+
+@pytest.mark.parametrize(
+    ("work", "module", "function"),
+    [
+        (validate, "validate", "evaluate_results"),
+        (measure_new_tiles, "tiles_help", "_detect"),
+        (benchmark, "benchmark", "measure_engines"),
+    ],
+)
+def test_the_directory_is_created_before_the_work(
+    inputs: Inputs, work: Callable[[Inputs], None], module: str, function: str
+) -> None:
+    """One that cannot be created loses no result, and a failure leaves no empty directories."""
+    calls: list[list[str]] = []
+
+    def fail(*_: Any, **__: Any) -> None:
+        calls.append([path.parent.name for path in inputs.out.rglob("*") if path.parent.name == "new"])
+        raise RuntimeError("failed")
+
+    inputs.patch.setattr(importlib.import_module(f"fusedet.api.{module}"), function, fail)
+    inputs.patch.setattr(tiles_help, "check_tile_size", lambda *_: None)
+    with pytest.raises(RuntimeError, match="failed"):
+        work(inputs)
+    assert calls == [["new"]]
+    assert not list(inputs.out.iterdir())
+    (inputs.out / "new").write_text("no directory")
+    with pytest.raises(InputError, match=r"out=.* cannot be created: Not a directory"):
+        work(inputs)
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".jpeg", ".webp"])

@@ -127,10 +127,10 @@ def benchmark(
             raise InputError(
                 f"nothing to measure: no format of {', '.join(map(str, paths))} is among {', '.join(names)}"
             )
+        folder = stack.enter_context(run_dir.reserve_run_dir(out))
         total = sum(one.command is not None for one in candidates) * len(batches) * (WARMUP + runs)
         advance = stack.enter_context(progress_bar(progress, total, "calls"))
         rows = measure_engines(candidates, batches, runs, advance)
-    folder = run_dir.create_run_dir(out)
     files = {"measurements": folder / "benchmark.json"}
     if points := _list_points(rows):
         files["latency against AP"] = folder / "latency.png"

@@ -3,8 +3,8 @@
 import json
 import platform
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import count
@@ -34,6 +34,24 @@ def create_run_dir(folder: str | Path) -> Path:
     except OSError as error:
         raise InputError(f"out={path} cannot be created: {error.strerror}") from error
     return path
+
+
+@contextmanager
+def reserve_run_dir(folder: str | Path) -> Iterator[Path]:
+    """Create an empty directory before long work, and remove what is still empty of it if the work fails.
+
+    Raises:
+        InputError: As `create_run_dir`.
+    """
+    created = [path for path in (Path(folder), *Path(folder).parents) if not path.exists()]
+    path = create_run_dir(folder)
+    try:
+        yield path
+    except BaseException:
+        with suppress(OSError):  # a directory is not empty
+            for path in created:
+                path.rmdir()
+        raise
 
 
 def check_new_dir(folder: str | Path | None) -> None:

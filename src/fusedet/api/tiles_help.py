@@ -117,38 +117,39 @@ def measure_tiles(
     device = pick_device(options.device)
     ready = prepare_detector(detector.to(device), options, names=names)
     sides = [options.replace(test=options.test.replace(tiles=own)) for own in (PredictionTiles(), tiles)]
-    results, seconds = zip(*(_detect(ready, side, dataset, device, progress) for side in sides))
-    metrics = dict(
-        evaluation.paired_bootstrap(
-            dataset, *results, resamples=resamples, seed=bootstrap_seed, size_bins=options.test.size_bins or ()
+    free = options.out or run_dir.find_free_path(run_dir.parent_of(source), "val-tiles")
+    with run_dir.reserve_run_dir(free) as out:
+        results, seconds = zip(*(_detect(ready, side, dataset, device, progress) for side in sides))
+        metrics = dict(
+            evaluation.paired_bootstrap(
+                dataset, *results, resamples=resamples, seed=bootstrap_seed, size_bins=options.test.size_bins or ()
+            )
         )
-    )
-    classes = metrics.pop("classes")
-    report = {
-        "source": str(source),
-        "data": str(options.data.path),
-        "split": scored,
-        "images": len(dataset),
-        "tiles": tiles.model_dump() | {"per_image": count / len(dataset)},
-        "seconds_per_image": dict(zip("ab", seconds)),
-        "resamples": resamples,
-        "seed": bootstrap_seed,
-        "level": LEVEL,
-        "metrics": metrics,
-        "classes": classes,
-        "conclusion": conclude_tiles(metrics, seconds[1] / seconds[0], len(dataset)),
-    }
-    out = run_dir.create_run_dir(options.out or run_dir.find_free_path(run_dir.parent_of(source), "val-tiles"))
-    files = {
-        "report": out / "tiles.json",
-        "results": out / "whole.bbox.json",
-        "results in tiles": out / "tiles.bbox.json",
-    }
-    run_dir.write_json(files["report"], report)
-    for path, own in zip(list(files.values())[1:], results):
-        stored = evaluation.to_dataset_ids(own, dataset)
-        boxes = [{k: v for k, v in row.items() if k != "segmentation"} for row in stored]
-        write_atomically(path, json.dumps(boxes).encode())
+        classes = metrics.pop("classes")
+        report = {
+            "source": str(source),
+            "data": str(options.data.path),
+            "split": scored,
+            "images": len(dataset),
+            "tiles": tiles.model_dump() | {"per_image": count / len(dataset)},
+            "seconds_per_image": dict(zip("ab", seconds)),
+            "resamples": resamples,
+            "seed": bootstrap_seed,
+            "level": LEVEL,
+            "metrics": metrics,
+            "classes": classes,
+            "conclusion": conclude_tiles(metrics, seconds[1] / seconds[0], len(dataset)),
+        }
+        files = {
+            "report": out / "tiles.json",
+            "results": out / "whole.bbox.json",
+            "results in tiles": out / "tiles.bbox.json",
+        }
+        run_dir.write_json(files["report"], report)
+        for path, own in zip(list(files.values())[1:], results):
+            stored = evaluation.to_dataset_ids(own, dataset)
+            boxes = [{k: v for k, v in row.items() if k != "segmentation"} for row in stored]
+            write_atomically(path, json.dumps(boxes).encode())
     return TilesHelp(report, out, files)
 
 

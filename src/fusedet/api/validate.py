@@ -1,6 +1,7 @@
 """Validation of a run, a checkpoint or stored results: the command `val`."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple, Unpack
 
@@ -94,40 +95,53 @@ def validate(
         if (crowded := describe_crowded_images(dataset, options.test.max_det)) and not get_ranks()[0]:
             say(f"warning: {crowded.message}")
     if is_results:
-        bins, max_det = options.test.size_bins or (), options.test.max_det
         stored = evaluation.load_results(path, dataset)
-        evaluated = evaluate_results(dataset, stored, voc=voc, evaluator=evaluator, size_bins=bins, max_det=max_det)
     else:
         require_class_names(dataset, names, str(file))
-        with join_processes(options.device) as (rank, world, device):
-            ready = prepare_detector(detector.to(device), options, names=names)
-            evaluated = evaluate_detector(
-                ready, options, dataset, device, rank=rank, world=world, voc=voc, evaluator=evaluator, progress=progress
-            )
-        if rank:
+    with ExitStack() as stack:
+        if not get_ranks()[0]:
+            free = options.out or run_dir.find_free_path(run_dir.parent_of(path), f"val-{Path(scored).stem}")
+            target = stack.enter_context(run_dir.reserve_run_dir(free))
+        if is_results:
+            bins, max_det = options.test.size_bins or (), options.test.max_det
+            evaluated = evaluate_results(dataset, stored, voc=voc, evaluator=evaluator, size_bins=bins, max_det=max_det)
+        else:
+            with join_processes(options.device) as (rank, world, device):
+                ready = prepare_detector(detector.to(device), options, names=names)
+                evaluated = evaluate_detector(
+                    ready,
+                    options,
+                    dataset,
+                    device,
+                    rank=rank,
+                    world=world,
+                    voc=voc,
+                    evaluator=evaluator,
+                    progress=progress,
+                )
+        if get_ranks()[0]:
             return RunResult(path, {}, {})
-    rows = coco_submission.format_results(dataset, evaluated.results) if submission else {}
-    name = f"val-{Path(scored).stem}"
-    target = run_dir.create_run_dir(options.out or run_dir.find_free_path(run_dir.parent_of(path), name))
-    files = {}
-    name = f"{path.name} on {scored}"
-    if len(dataset.labels):
-        files = write_report(dataset, evaluated.results, evaluated.metrics, target, title=name)
-    if server_split:
-        files |= coco_submission.write_submission(rows, server_split, path.name if path.is_dir() else path.stem, target)
-    title = f"{source if is_results else file} on {scored} of {options.data.path}"
-    if len(dataset.labels):
-        files |= write_run_page(
-            target,
-            dataset,
-            evaluated,
-            title=name,
-            scored=title,
-            device=options.device,
-            say=say,
-            size_bins=options.test.size_bins or (),
-            run=path if path.is_dir() else None,
-        )
+        rows = coco_submission.format_results(dataset, evaluated.results) if submission else {}
+        files = {}
+        name = f"{path.name} on {scored}"
+        if len(dataset.labels):
+            files = write_report(dataset, evaluated.results, evaluated.metrics, target, title=name)
+        if server_split:
+            run = path.name if path.is_dir() else path.stem
+            files |= coco_submission.write_submission(rows, server_split, run, target)
+        title = f"{source if is_results else file} on {scored} of {options.data.path}"
+        if len(dataset.labels):
+            files |= write_run_page(
+                target,
+                dataset,
+                evaluated,
+                title=name,
+                scored=title,
+                device=options.device,
+                say=say,
+                size_bins=options.test.size_bins or (),
+                run=path if path.is_dir() else None,
+            )
     return RunResult(target, evaluated.metrics, files, title)
 
 
