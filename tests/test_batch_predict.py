@@ -16,6 +16,7 @@ from PIL import Image
 from fusedet import cli, config
 from fusedet.api import batch_predict
 from fusedet.api.image_sources import Sources
+from fusedet.api.prediction_exports import Exports
 from fusedet.api.prediction_lines import read_lines
 from fusedet.api.predictor import Predictor, load
 from fusedet.engine import checkpoint
@@ -121,6 +122,22 @@ def test_sources_that_are_none(word: str) -> None:
         InputError, match=r"there is no list nowhere.txt|there is no image, folder or pattern|matches no image"
     ):
         Sources([word])
+
+
+def test_files_are_named_after_their_images_each_once(tmp_path: Path) -> None:
+    """Any number of images; a name with a number is none that a later image has."""
+    paths = ["d1/a.jpg", "d2/a-2.jpg", "d2/a.jpg", "d3/a-3.jpg", "d4/a.png", *(f"{i:06d}.jpg" for i in range(1500))]
+    (tmp_path / "list.txt").write_text("\n".join(paths))
+    sources = Sources([f"@{tmp_path}/list.txt"])
+
+    def name_files(*, drawn: bool) -> list[str]:
+        options = batch_predict.Options(Exports(0.3, drawn, (), False), 4, False, "error", "", 0, 0, 1)
+        missing = batch_predict._missing(sources, [], tmp_path, options, len(paths), lambda images: None)
+        return [image.name for image in missing]
+
+    stems = [Path(path).stem for path in paths]
+    assert name_files(drawn=True) == ["a", "a-2", "a-3-2", "a-3", "a-5", *stems[5:]]
+    assert name_files(drawn=False) == stems, "no file is named"
 
 
 # -- files

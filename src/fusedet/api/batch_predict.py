@@ -19,7 +19,7 @@ from fusedet.api.prediction import Prediction
 from fusedet.api.prediction_exports import Exports
 from fusedet.api.prediction_lines import Info, describe_prediction, join_lines, list_line_files, open_lines, read_lines
 from fusedet.api.predictor import Predictor
-from fusedet.api.run_dir import create_run_dir, remove_files
+from fusedet.api.run_dir import choose_unused_name, create_run_dir, remove_files
 from fusedet.atomic_io import write_atomically
 from fusedet.data.large_images import LargeImage
 from fusedet.errors import InputError, StorageError
@@ -28,7 +28,6 @@ from fusedet.file_hash import hash_file
 T = TypeVar("T")
 _PATIENCE = 60.0  # seconds for the first process to make the directory
 COUNTS = ("images", "detections", "shown", "skipped", "left")
-_PLAIN_NAMES = 1000  # up to so many images, drawn copies are named after their image alone
 
 
 @dataclass(frozen=True)
@@ -223,7 +222,8 @@ def _missing(
     """Yield this process's images that lack a line, and all others of their batches, which must form again."""
     records = read_lines(lines)
     record = next(records, None)
-    names: set[str] = set()
+    # all stems, and whether each is taken; only where files are named after images, since of a million they take 0.1 GB
+    names = dict.fromkeys((path.stem for path in sources), False) if options.exports.list_folders() else None
     batch: list[_Image] = []
     for number, path in enumerate(sources, 1):
         is_done = False
@@ -231,11 +231,7 @@ def _missing(
             if record["file_name"] != str(path):
                 raise InputError(f"{target} holds predictions of other images than the sources now: choose another out")
             is_done, record = True, next(records, None)
-        name = path.stem
-        if total > _PLAIN_NAMES or name in names:
-            name = f"{name}-{number}"
-        else:
-            names.add(name)
+        name = path.stem if names is None else _choose_name(path.stem, number, names)
         batch.append(_Image(number, path, name, is_done))
         if len(batch) == options.batch or number == total:
             is_own = (number - 1) // options.batch % options.world == options.rank
@@ -244,6 +240,13 @@ def _missing(
             else:
                 advance(len(batch))
             batch = []
+
+
+def _choose_name(stem: str, number: int, names: dict[str, bool]) -> str:
+    """Return an image's stem, or where another image has it, one with the image's number that no stem equals."""
+    name = choose_unused_name(f"{stem}-{number}", names.__contains__) if names.get(stem) else stem
+    names[name] = True
+    return name
 
 
 def _decode(image: _Image, predictor: Predictor) -> tuple[_Image, Tensor | LargeImage | InputError]:
