@@ -14,11 +14,12 @@ import torch
 from PIL import Image
 
 from fusedet import cli, config
-from fusedet.api import batch_predict
+from fusedet.api import batch_predict, prediction_exports
 from fusedet.api.image_sources import Sources
 from fusedet.api.prediction_exports import Exports
 from fusedet.api.prediction_lines import read_lines
 from fusedet.api.predictor import Predictor, load
+from fusedet.data import large_images
 from fusedet.engine import checkpoint
 from fusedet.errors import InputError
 from fusedet.models.detectors import build_detector
@@ -300,6 +301,33 @@ def test_an_unreadable_first_image_is_skipped_without_further_files(model: Path,
     assert [image["id"] for image in content["images"]] == [2]
     assert [(entry["id"], entry["file_name"]) for entry in content["skipped"]] == [(1, str(bad))]
     assert sorted(file.name for file in out.iterdir()) == ["predict.json", "predictions.json"]
+
+
+def test_a_damaged_large_image_ends_the_prediction_or_is_listed(
+    model: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is read while it is predicted, and again for crops."""
+    monkeypatch.setattr(large_images, "LARGE", 0)
+    images = [tmp_path / f"{name}.tiff" for name in "abc"]
+    for path in images:
+        Image.new("RGB", (32, 24), (20, 200, 7)).save(path)
+    images[1].write_bytes(images[1].read_bytes()[:-500])
+    arguments = [*images, f"out={tmp_path / 'out'}", "test.batch=3", "test.tiles.size=128"]
+    refused(model, arguments, f"{images[1]} is", capsys)
+    assert predict(model, *arguments, "--resume", "--on-bad-image", "skip") == 0
+    content = read(tmp_path / "out" / "predictions.json")
+    assert [image["id"] for image in content["images"]] == [1, 3]
+    assert [(entry["id"], entry["file_name"]) for entry in content["skipped"]] == [(2, str(images[1]))]
+
+    def fail(*_: Any) -> None:
+        raise InputError("damaged meanwhile")
+
+    monkeypatch.setattr(prediction_exports, "write_crops", fail)
+    arguments = [images[0], f"out={tmp_path / 'crops'}", "--crops", "--on-bad-image", "skip"]
+    assert predict(model, *arguments) == 0
+    assert [entry["reason"] for entry in read(tmp_path / "crops" / "predictions.json")["skipped"]] == [
+        "damaged meanwhile"
+    ]
 
 
 def test_processes_share_the_images_each_once(

@@ -198,17 +198,38 @@ def _append(
         missing = _missing(sources, open_lines(target, stack), target, options, total, advance)
         decoded = prefetch(decode, missing, options.workers)
         while batch := list(islice(decoded, options.batch)):
-            readable = [(pixels, image.path) for image, pixels in batch if not isinstance(pixels, InputError)]
-            predictions = predictor.predict_batch(readable, options.batch)
             try:
-                for image, pixels in batch:
-                    prediction = pixels if isinstance(pixels, InputError) else next(predictions)
+                for image, prediction in _predict(predictor, batch, options.batch):
                     if not image.is_done:
                         opened.write(_format_line(image, prediction, target, options))
                 opened.flush()
             except OSError as error:
                 raise StorageError(f"{file} cannot be written: {error.strerror}; continue with --resume") from error
             advance(len(batch))
+
+
+def _predict(
+    predictor: Predictor, batch: Sequence[tuple[_Image, Tensor | LargeImage | InputError]], size: int
+) -> Iterator[tuple[_Image, Prediction | InputError]]:
+    """Yield each image of a batch with its prediction, or with why it cannot be read.
+
+    A large image is not read before it is predicted. Its batch is predicted image by image, since an error ends a call.
+    """
+    readable = [(pixels, image.path) for image, pixels in batch if not isinstance(pixels, InputError)]
+    has_large = any(isinstance(pixels, LargeImage) for pixels, _ in readable)
+    predictions = predictor.predict_batch([] if has_large else readable, size)
+    for image, pixels in batch:
+        if isinstance(pixels, InputError):
+            yield image, pixels
+            continue
+        try:
+            own = next(predictor.predict_batch([(pixels, image.path)], size) if has_large else predictions)
+        except InputError as error:
+            if not isinstance(pixels, LargeImage):
+                raise
+            yield image, error
+        else:
+            yield image, own
 
 
 def _missing(
@@ -259,12 +280,18 @@ def _decode(image: _Image, predictor: Predictor) -> tuple[_Image, Tensor | Large
 def _format_line(image: _Image, prediction: Prediction | InputError, target: Path, options: Options) -> bytes:
     """Return an image's line, and write its files; raise InputError for an image that must not be skipped."""
     record: Info = {"id": image.number, "file_name": str(image.path)}
+    if not isinstance(prediction, InputError):
+        try:
+            options.exports.write_image_files(prediction, image.name, target)
+        except StorageError:
+            raise
+        except InputError as error:  # a large image is read again
+            prediction = error
     if isinstance(prediction, InputError):
         if options.bad == "error":
             raise InputError(f"{prediction}{options.hint}") from prediction
         record["skipped"] = str(prediction)
     else:
-        options.exports.write_image_files(prediction, image.name, target)
         record |= describe_prediction(prediction, image.number, options.exports.score)
     return (json.dumps(record) + "\n").encode()
 
