@@ -19,7 +19,7 @@ import fusedet
 from bad_data import write_dataset
 from fusedet import cli
 from fusedet import config as configs
-from fusedet.api.prediction_exports import parse_formats, write_crops
+from fusedet.api.prediction_exports import Exports, parse_formats, write_crops
 from fusedet.data.findings import Finding, summarize_findings
 from fusedet.data.readers.auto import read_dataset
 from fusedet.data.shape_drawing import SHAPES
@@ -119,6 +119,21 @@ def test_crops_by_hand(tmp_path: Path) -> None:
     write_crops(prediction, tmp_path, "x", 0.5)
     files = {str(path.relative_to(tmp_path)): Image.open(path).size for path in tmp_path.rglob("*.jpg")}
     assert files == {"a_b/x-1.jpg": (9, 6), "cat/x-2.jpg": (4, 4)}, "clipped, not outside, not below the threshold"
+
+
+def test_copies_longer_than_jpeg_allows_are_reduced(tmp_path: Path) -> None:
+    prediction = fusedet.Prediction(
+        boxes=torch.tensor([[0.0, 0.0, 65_600.0, 4.0]]),
+        scores=torch.tensor([0.9]),
+        labels=torch.tensor([0]),
+        image=torch.zeros(3, 4, 65_600, dtype=torch.uint8),
+        names=("cat",),
+    )
+    exports = Exports(0.5, drawn=True, save=(), crops=True)
+    exports.create_folders(tmp_path)
+    exports.write_image_files(prediction, "x", tmp_path)
+    for file in ("images/x.jpg", "crops/cat/x-1.jpg"):
+        assert Image.open(tmp_path / file).size == (65_500, 4)
 
 
 def test_formats() -> None:

@@ -99,6 +99,11 @@ def draw_grid(own: Inputs) -> None:
     draw_predictions(fusedet.load(own.run), sorted((own.data / "val").iterdir())[:1], own.out / "predictions.jpg")
 
 
+def draw_copies(own: Inputs) -> None:
+    image = next((own.data / "val").iterdir())
+    fusedet.predict(own.run, image, out=own.out / "predicted", data={"workers": 0})
+
+
 def submit(own: Inputs) -> None:
     write_submission({"bbox": []}, "val2017", "run", own.out)
 
@@ -129,6 +134,7 @@ def summarize_ablation(own: Inputs) -> None:
         (check_dataset, "page.html"),
         (browse, "browse.webp"),
         (draw_grid, "predictions.jpg"),
+        (draw_copies, ".jpg"),
         (submit, "results.json"),
         (submit, "results.zip"),
         (convert_weights, "config.yaml"),

@@ -203,8 +203,11 @@ def _append(
                     if not image.is_done:
                         opened.write(_format_line(image, prediction, target, options))
                 opened.flush()
+            except StorageError as error:
+                raise StorageError(f"{error}; continue with --resume") from error
             except OSError as error:
-                raise StorageError(f"{file} cannot be written: {error.strerror}; continue with --resume") from error
+                reason = f"{error.filename or file} cannot be written: {error.strerror or error}"
+                raise StorageError(f"{reason}; continue with --resume") from error
             advance(len(batch))
 
 

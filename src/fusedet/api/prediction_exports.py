@@ -13,9 +13,10 @@ from PIL import Image
 from fusedet.api.prediction import Prediction
 from fusedet.atomic_io import open_atomically, write_atomically
 from fusedet.data.large_images import LargeImage, crop_image
-from fusedet.errors import split_names
+from fusedet.errors import StorageError, split_names
 
 FORMATS = ("coco", "csv", "yolo")
+_JPEG_SIDE = 65_500  # the limit of libjpeg, in pixels
 COLUMNS = ("file", "width", "height", "class", "category_id", "score", "x1", "y1", "x2", "y2")
 
 
@@ -54,9 +55,14 @@ class Exports:
             (target / folder).mkdir(exist_ok=True)
 
     def write_image_files(self, prediction: Prediction, name: str, target: Path) -> None:
-        """Write the files of one image."""
+        """Write the files of one image.
+
+        Raises:
+            InputError: The image is a `LargeImage` and cannot be read.
+            StorageError: A file cannot be written.
+        """
         if self.drawn:
-            prediction.plot(target / "images" / f"{name}.jpg", self.score)
+            _save_jpeg(prediction.plot(score=self.score), target / "images" / f"{name}.jpg")
         if "yolo" in self.save:
             write_yolo_labels(prediction, target / "labels" / f"{name}.txt", self.score)
         if self.crops:
@@ -125,7 +131,17 @@ def write_crops(prediction: Prediction, folder: Path, name: str, score: float) -
             own.mkdir(parents=True, exist_ok=True)
             part = crop_image(image, (left, top, right, bottom))
             pixels = part.read() if isinstance(part, LargeImage) else part
-            Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(own / f"{name}-{number}.jpg", quality=95)
+            crop = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+            _save_jpeg(crop, own / f"{name}-{number}.jpg", quality=95)
+
+
+def _save_jpeg(image: Image.Image, file: Path, **options: Any) -> None:
+    """Write an image as JPEG, reduced if it has more pixels per side than the format allows."""
+    image.thumbnail((_JPEG_SIDE, _JPEG_SIDE))
+    try:
+        image.save(file, **options)
+    except OSError as error:
+        raise StorageError(f"{file} cannot be written: {error.strerror or error}") from error
 
 
 def write_csv(
