@@ -2,14 +2,18 @@
 
 import json
 import math
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+import fusedet
 from fusedet import cli
+from fusedet.api.predictor import Predictor
 from fusedet.models.modules import MSIL
 from fusedet.models.necks import SMSL
 from fusedet.models.necks.gates import CAG, CAM, GCG, CoordinateAttention
@@ -291,6 +295,28 @@ def test_two_runs_side_by_side(
     inside = [row["inside"] for run in one["runs"].values() for rows in run["heat"].values() for row in rows.values()]
     assert all(x is None or 0 <= x <= 1 for x in inside)
     assert json.loads((tmp_path / "out" / "cam.json").read_text()) == result["images"]
+
+
+def test_many_images(trained: Path, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of them is in memory at a time, and each has its own files."""
+    copies = [tmp_path / folder / f"img[1]{image.suffix}" for folder in "abc"]
+    for path in copies:
+        path.parent.mkdir()
+        path.write_bytes(image.read_bytes())
+    decoded: list[weakref.ref[Tensor]] = []
+    decode = Predictor.decode_image
+
+    def decode_one(self: Predictor, source: Any) -> Tensor:
+        assert sum(ref() is not None for ref in decoded) <= 1, "the one before"
+        pixels = decode(self, source)
+        decoded.append(weakref.ref(pixels))
+        return pixels
+
+    monkeypatch.setattr(Predictor, "decode_image", decode_one)
+    monkeypatch.setattr("fusedet.api.cam.draw_figures", lambda *args: ({"gates": Path(f"{args[-1]}-gates.png")}, {}))
+    result = fusedet.cam(trained, copies, class_name="circle", out=tmp_path / "out")
+    files = [Path(one["files"]["gates"]).name for one in result.images.values()]
+    assert files == ["img[1]-gates.png", "img[1]-2-gates.png", "img[1]-3-gates.png"]
 
 
 def test_parts_and_output_directories(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path], image: Path) -> None:

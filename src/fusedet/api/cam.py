@@ -98,15 +98,15 @@ def cam(
     for source, predictor in runs.items():
         if class_name is not None and class_name not in predictor.names:
             raise make_unknown_error(f"class of {source}", class_name, predictor.names)
-    jobs: list[Job] = []
+    explained: list[tuple[Path, str, dict[str, Prediction]]] = []
     skipped: dict[str, str] = {}
     for path in images:
-        job = _job(runs, path, class_name, score)
-        if isinstance(job, Job):
-            jobs.append(job)
+        detected = _detect(runs, path, class_name, score)
+        if isinstance(detected, str):
+            skipped[str(path)] = detected
         else:
-            skipped[str(path)] = job
-    if not jobs:
+            explained.append((path, *detected))
+    if not explained:
         first = next(iter(skipped.values()))
         raise InputError(
             first if len(skipped) == 1 else f"none of {len(skipped)} images has a detection, the first: {first}"
@@ -114,7 +114,10 @@ def cam(
     target: Path | None = None
     report: dict[str, Any] = {}
     files: dict[str, Path] = {}
-    for job in jobs:
+    names: set[str] = set()
+    for path, class_of_image, detections in explained:
+        # decoded again, since all images would not fit into memory
+        job = Job(path, _decode(runs, path), class_of_image, detections)
         seen = {source: compute_maps(predictor, job.image, job.name, best_only) for source, predictor in runs.items()}
         known = [part for part in PARTS if any(part in maps.parts for maps in seen.values())]
         if missing := [part for part in only if part not in known]:
@@ -122,7 +125,9 @@ def cam(
             raise InputError(f"--only {missing[0]}: {' and '.join(runs)} {has} only {', '.join(known)}")
         if target is None:
             target = run_dir.create_run_dir(options.out or run_dir.find_free_path(run_dir.parent_of(run), "cam"))
-        drawn, numbers = draw_figures(job, seen, set(only or PARTS), _stem(target, job.path))
+        name = run_dir.choose_unused_name(path.stem, names.__contains__)
+        names.add(name)
+        drawn, numbers = draw_figures(job, seen, set(only or PARTS), target / name)
         report[str(job.path)] = {
             "class": job.name,
             **numbers,
@@ -156,13 +161,20 @@ def format_report(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _job(runs: Mapping[str, Predictor], path: Path, name: str | None, score: float) -> Job | str:
+def _decode(runs: Mapping[str, Predictor], path: Path) -> Tensor:
+    return next(iter(runs.values())).decode_image(path)
+
+
+def _detect(
+    runs: Mapping[str, Predictor], path: Path, name: str | None, score: float
+) -> tuple[str, dict[str, Prediction]] | str:
     """Detect the class in an image with each run; by default the class of the first run's best detection.
 
     Returns:
-        The job, or why no map can be drawn: nothing is detected, and no class is given.
+        The class and each run's detections, without the image; or why no map can be drawn: nothing is detected, and no
+        class is given.
     """
-    image = next(iter(runs.values())).decode_image(path)
+    image = _decode(runs, path)
     detections: dict[str, Prediction] = {}
     for source, predictor in runs.items():
         own = predictor.predict(image)
@@ -182,10 +194,10 @@ def _job(runs: Mapping[str, Predictor], path: Path, name: str | None, score: flo
             )
         keep = (own.labels == own.names.index(name)) & (own.scores >= score)
         detections[source] = replace(
-            own, boxes=own.boxes[keep], scores=own.scores[keep], labels=own.labels[keep], masks=None
+            own, boxes=own.boxes[keep], scores=own.scores[keep], labels=own.labels[keep], masks=None, image=None
         )
     assert name is not None
-    return Job(path, image, name, detections)
+    return name, detections
 
 
 def compute_maps(predictor: Predictor, image: Tensor, class_name: str, best_only: bool = False) -> ActivationMaps:
@@ -207,8 +219,3 @@ def compute_maps(predictor: Predictor, image: Tensor, class_name: str, best_only
         return [row._replace(maps={s: resize_map(x, s, size, shown) for s, x in row.maps.items()}) for row in rows]
 
     return replace(maps, heat={kind: resized(rows) for kind, rows in maps.heat.items()}, gates=resized(maps.gates))
-
-
-def _stem(target: Path, path: Path) -> Path:
-    """Return a file name prefix that no other image has; two images may have the same name."""
-    return target / run_dir.choose_unused_name(path.stem, lambda name: any(target.glob(f"{name}-[a-z]*.png")))
