@@ -14,11 +14,12 @@ from fakes import Call, batch, check_export, detect, maps, objects
 from fusedet import config
 from fusedet.errors import InputError
 from fusedet.models.backbones import TimmBackbone
-from fusedet.models.detectors import NeckChain, OneStage, create_model, prepare_for_inference
+from fusedet.models.detectors import NeckChain, OneStage, TwoStage, create_model, prepare_for_inference
 from fusedet.models.heads import HEADS
 from fusedet.models.necks import FPN, NECKS
 from fusedet.types import Batch, Levels
 from pairs import pairwise
+from small import make
 
 BACKBONES = [
     "resnet18",
@@ -348,6 +349,25 @@ def test_inference_copy_gives_the_same_outputs(precision: str) -> None:
     assert next(model.parameters()).dtype == torch.float32
 
 
+def check_bf16(model: OneStage | TwoStage) -> None:
+    for detections in prepare_for_inference(model, "bf16").predict(batch(EMPTY)):
+        assert detections.boxes.dtype == detections.scores.dtype == torch.float32
+        assert detections.boxes.isfinite().all()
+
+
+@pytest.mark.parametrize("neck", ["bifpn", "nas_fpn", "dilated_encoder", "{type: mse_fpn, gate: ca}"])
+def test_bf16_with_a_batch_norm_in_the_neck(neck: str) -> None:
+    check_bf16(small(f"model.neck={neck}", "model.pyramid.channels=32"))
+
+
+def test_bf16_with_a_batch_norm_in_the_head() -> None:
+    check_bf16(create_model("yolof_tiny", "model.backbone.name=test_resnet", "model.pyramid.channels=32"))
+
+
+def test_bf16_with_a_batch_norm_in_the_roi_stage() -> None:
+    check_bf16(make("double_head_rcnn"))
+
+
 @pytest.mark.parametrize("name", ["resnet10t", "convnext_atto", "mobilenetv3_small_050"])
 def test_folding_batch_norms_of_other_backbones(name: str) -> None:
     model = create_model("retinanet_tiny", f"model.backbone.name={name}", num_classes=2)
@@ -381,6 +401,12 @@ COUNTED = {
 }
 # every other config of ResNet-50, every backbone with RetinaNet
 BUILT = [name for name in LARGE_NAMES if ("_r50" in name or name.startswith("retinanet")) and name not in COUNTED]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in SMALL_NAMES if name.endswith("_tiny")])
+def test_every_small_detector_predicts_in_bf16(name: str) -> None:
+    check_bf16(create_model(name, num_classes=3))
 
 
 def check_built(name: str) -> None:

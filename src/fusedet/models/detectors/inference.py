@@ -5,6 +5,7 @@ import warnings
 from typing import Literal, TypeVar
 
 import torch
+from torch import nn
 
 from fusedet.models.detectors.factory import DetectorModule
 from fusedet.models.ops.layers import fold_batch_norm
@@ -13,12 +14,12 @@ DetectorT = TypeVar("DetectorT", bound=DetectorModule)
 
 
 def prepare_for_inference(detector: DetectorT, precision: Literal["fp32", "bf16"] = "fp32") -> DetectorT:
-    """Copy a detector in eval mode, with every BatchNorm folded into its convolution.
+    """Copy a detector in eval mode, with every BatchNorm of the backbone folded into its convolution.
 
     Args:
         detector: A detector of `models.detectors`; it stays as it is.
         precision: Type of the copy's weights. With "bf16", images are still normalized, and boxes and scores decoded,
-            in float32.
+            in float32. Every BatchNorm that is not folded keeps float32.
     """
     detector = copy.deepcopy(detector)
     detector.eval()
@@ -29,6 +30,9 @@ def prepare_for_inference(detector: DetectorT, precision: Literal["fp32", "bf16"
     except RuntimeError as error:
         warnings.warn(f"{error}; predictions are the same without it, only slower", stacklevel=2)
     if precision == "bf16":
-        for parameter in detector.parameters():  # buffers (normalization, anchors) keep float32
-            parameter.data = parameter.data.to(torch.bfloat16)
+        for module in detector.modules():  # buffers (normalization, anchors) keep float32
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                continue  # torch takes parameters only in the type of the running statistics, which are buffers
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(torch.bfloat16)
     return detector
