@@ -14,7 +14,7 @@ from torchvision.models.detection import (
 )
 from torchvision.ops import roi_align
 
-from fakes import batch
+from fakes import batch, maps
 from fusedet import config as configs
 from fusedet.errors import InputError
 from fusedet.models.detectors import create_model, prepare_for_inference
@@ -22,7 +22,7 @@ from fusedet.models.detectors.two_stage import TwoStage
 from fusedet.models.profiling import count_cost
 from fusedet.models.roi import DynamicStage
 from fusedet.models.roi.sampling import RoISamples
-from fusedet.types import Batch, Target
+from fusedet.types import Batch, BatchDetections, Target
 
 TINY = [
     "model.backbone.name=test_resnet",
@@ -164,6 +164,23 @@ def test_padding_of_detections_changes_nothing(name: str, score: float) -> None:
         for ours, theirs in zip(padded, trimmed):
             if ours is not None and ours.ndim > 1:
                 assert torch.allclose(ours[i, :n].float(), theirs[i, :n].float(), atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_order_of_the_branches_changes_nothing() -> None:
+    """Masks lie inside the boxes that the grid branch has refined."""
+    branches = [{"type": "mask", "convs": 1, "channels": 8}, {"type": "grid", "convs": 1, "point_channels": 4}]
+    made = small(roi=configs.load("faster_rcnn_r18").model.roi | {"branches": branches}).eval()
+    nn.init.normal_(made.branches[1][0].heat.weight)
+    features, boxes = maps(made.neck.levels, n=1), torch.tensor([[[10.0, 10, 60, 40]]])
+    detections = BatchDetections(boxes, torch.ones(1, 1), torch.tensor([[2]]), torch.tensor([1]))
+    first = made.run_branches(features, detections)
+    made.branches = made.branches[::-1]
+    second = made.run_branches(features, detections)
+    assert not torch.allclose(first.boxes, boxes)
+    assert torch.equal(first.boxes, second.boxes)
+    assert torch.equal(first.masks, second.masks)
+    assert torch.equal(first.masks, made.branches[1][0].predict(features, first))
 
 
 def test_a_branch_has_the_weight_of_its_stage() -> None:

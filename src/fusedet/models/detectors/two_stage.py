@@ -63,7 +63,8 @@ class TwoStage(nn.Module):
         head: Proposal head (RPN) on the neck's levels.
         stages: RoI stages in order.
         branches: For each kind of branch one per stage, trained on that stage's samples. At inference, masks are means
-            over the stages; boxes are those of the last stage.
+            over the stages; boxes are those of the last stage. Boxes are refined before masks are predicted, whatever
+            the order of the kinds.
         selection: Options of `ops.boxes.select_detections` (score, iou, max_det), and pre_nms, the proposals of a level
             that enter NMS.
         auxiliary_stages: For a neck with auxiliary losses one per stage, on `roi.AllLevelPooling` of the neck's
@@ -281,9 +282,9 @@ class TwoStage(nn.Module):
         return select_detections(merged, sizes, [count], pre_nms=count, **options)
 
     def run_branches(self, features: Features, detections: BatchDetections) -> BatchDetections:
-        """Refine the boxes of detections and add their masks, as the branches do."""
+        """Refine the boxes of detections and add the masks inside the refined boxes, as the branches do."""
         masks = None
-        for kind in self.branches:
+        for kind in sorted(self.branches, key=lambda kind: not isinstance(kind[-1], BoxRefiner)):
             if isinstance(kind[-1], BoxRefiner):
                 detections = kind[-1].refine(features, detections)
             else:
