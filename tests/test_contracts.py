@@ -173,7 +173,10 @@ def test_models_that_fail_on_the_meta_device_are_created_on_the_cpu(monkeypatch:
 ON_A_PYRAMID = {"bfp", "dyhead", "smsl"}
 FIVE_LEVELS = {"nas_fpn"}  # and levels of its own above the backbone's
 PYRAMID_NECKS = [name for name in NECKS if name != "identity"]  # which makes no pyramid
-BEFORE_ZERO_INIT = {"smsl": ("non_local.theta", "non_local.phi", "non_local.g.")}  # no gradient at the start
+BEFORE_ZERO_INIT = {  # no gradient at the start
+    "smsl": ("non_local.theta", "non_local.phi", "non_local.g."),
+    "bfp": ("refine.theta", "refine.phi", "refine.g."),
+}
 
 
 def neck_of(name: str, finest: int, coarsest: int, top: str) -> nn.Module:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fakes import check_export
+from fakes import check_export, shuffled
 from fusedet.errors import InputError
 from fusedet.models.necks import BFP, FPN, PAFPN, AugFPN, BiFPN
 from fusedet.models.necks.aug_fpn import Context, pooled_size
@@ -87,8 +87,8 @@ def test_shapes_gradients_and_unchanged_inputs(form: str, size: tuple[int, int],
         shapes.append(tuple(math.ceil(s / 2) for s in shapes[-1]))
     assert [tuple(o.shape) for o in outputs] == [(2, 32, *s) for s in shapes]
     sum((o * torch.randn_like(o)).sum() for o in outputs).backward()
-    # the attention of a single position is 1 whatever its weights
-    constant = ("refine.theta", "refine.phi") if form == "bfp" and shapes[2] == (1, 1) else ()
+    # the block's last convolution starts at 0
+    constant = ("refine.theta", "refine.phi", "refine.g.") if form == "bfp" else ()
     for name, p in neck.named_parameters():
         assert p.grad is not None, name
         assert p.grad.isfinite().all(), name
@@ -233,7 +233,7 @@ def test_bfp_by_hand() -> None:
 def test_bfp_refines_the_mean() -> None:
     """On levels of one size, the non-local block by loops over cells; no 1 / sqrt(C)."""
     torch.manual_seed(0)
-    neck = BFP(Levels((4, 4), (8, 16)), refine_level=0).double()
+    neck = shuffled(BFP(Levels((4, 4), (8, 16)), refine_level=0)).double()
     p = [torch.randn(1, 4, 2, 3).double() for _ in range(2)]
     mean = ((p[0] + p[1]) / 2).reshape(4, 6)
 
@@ -247,6 +247,14 @@ def test_bfp_refines_the_mean() -> None:
         mixed[:, i] = mean[:, i] + at("out", sum(e / sum(exps) * at("g", mean[:, j]) for j, e in enumerate(exps)))
     for before, after in zip(p, neck(p)):
         assert torch.allclose(after - before, mixed.reshape(1, 4, 2, 3))
+
+
+def test_bfp_starts_with_the_mean_itself() -> None:
+    neck = BFP(PYRAMID)
+    assert 0.009 < float(neck.refine.theta.weight.detach().std()) < 0.011
+    inputs = maps(PYRAMID, (64, 96))
+    for ours, plain in zip(neck(inputs), BFP(PYRAMID, refine="none")(inputs)):
+        assert torch.equal(ours, plain)
 
 
 def test_bfp_parameters_and_levels() -> None:

@@ -26,7 +26,7 @@ class BFP(nn.Module):
     - "conv": the paper's alternative, a 3x3 convolution and a ReLU [H].
     - "none": the mean itself.
 
-    All convolutions start by Xavier, the block's last one too, as in MMDetection.
+    The non-local block starts as the identity, the convolution by Xavier, as in MMDetection 3.x.
 
     Args:
         levels: The levels of the neck before, of equal channels; the output has the same.
@@ -58,7 +58,7 @@ class BFP(nn.Module):
             self.refine = NonLocal(channels, scale=False)
         elif refine == "conv":
             self.refine = nn.Sequential(conv(channels, channels, 3), nn.ReLU())
-        init_xavier(self)
+            init_xavier(self.refine)
 
     def forward(self, features: Features) -> Features:
         """Refine levels (N, C, H_l, W_l), finest first, to levels of the same shapes."""
