@@ -135,6 +135,15 @@ def test_a_c4_detector_equals_its_parts() -> None:
     assert torch.allclose(outputs.raw[1], stage.reg(mean), atol=1e-5)
 
 
+def test_a_neck_of_other_channels_than_the_last_stage_takes_is_refused() -> None:
+    assert len(trident("model.neck=fpn", "model.pyramid.channels=256").stages) == 1
+    with (
+        torch.device("meta"),
+        pytest.raises(InputError, match=r"takes 256 channels and gets 64: set model\.neck=identity or model\.pyramid"),
+    ):
+        trident("model.neck=fpn", "model.pyramid.channels=64")
+
+
 def test_parameters_of_resnet50() -> None:
     """MMDetection's counts: ResNet-50, an RPN of 1024 channels and 15 anchors, layers of 2048 to 81 and 320."""
     rpn = 9 * 1024 * 1024 + 1024 + 75 * (1024 + 1)

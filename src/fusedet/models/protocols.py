@@ -117,15 +117,17 @@ class BackboneStage(Protocol):
     """A backbone's last stage, taken out of it to run on the pooled features of RoIs.
 
     Attributes:
+        inputs: Channels of its input.
         channels: Channels of its output.
         stride: Quotient of the sizes of its input and output.
     """
 
+    inputs: int
     channels: int
     stride: int
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Compute (M, C, H, W) to (M, channels, H / stride, W / stride)."""
+        """Compute (M, inputs, H, W) to (M, channels, H / stride, W / stride)."""
         ...
 
 

@@ -126,17 +126,19 @@ class LastStage(nn.Module):
 
     Args:
         blocks: The stage.
+        inputs: Channels of its input.
         channels: Channels of its output.
         stride: Quotient of the sizes of its input and output.
         eval_norms: Its BatchNorms that stay in eval mode.
     """
 
-    def __init__(self, blocks: nn.Module, channels: int, stride: int, eval_norms: list[nn.Module]) -> None:
+    def __init__(self, blocks: nn.Module, inputs: int, channels: int, stride: int, eval_norms: list[nn.Module]) -> None:
         super().__init__()
-        self.blocks, self.channels, self.stride, self.eval_norms = blocks, channels, stride, eval_norms
+        self.blocks, self.inputs, self.channels = blocks, inputs, channels
+        self.stride, self.eval_norms = stride, eval_norms
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute x (M, C, H, W) to (M, channels, H / stride, W / stride)."""
+        """Compute x (M, inputs, H, W) to (M, channels, H / stride, W / stride)."""
         return self.blocks(x)
 
     def train(self, mode: bool = True) -> Self:

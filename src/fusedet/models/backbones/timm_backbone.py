@@ -198,6 +198,7 @@ class TimmBackbone(nn.Module):
         inside = set(blocks.modules())
         stage = LastStage(
             blocks,
+            self.levels.channels[-2],
             self.levels.channels[-1],
             self.levels.strides[-1] // self.levels.strides[-2],
             [norm for norm in self.eval_norms if norm in inside],

@@ -7,6 +7,7 @@ References:
 
 from torch import Tensor, nn
 
+from fusedet.errors import InputError
 from fusedet.models.protocols import BackboneStage, RoIPooling
 from fusedet.models.roi.box import BoxStage, RegressionLossName, Sampling
 from fusedet.models.roi.pooling import LevelPooling, PoolingFactory
@@ -34,7 +35,7 @@ class C4Stage(BoxStage):
         ground_truth: As in `BoxStage`.
 
     Raises:
-        InputError: An option is unknown or out of its range.
+        InputError: An option is unknown or out of its range, or the level has other channels than the last stage takes.
     """
 
     def __init__(
@@ -55,6 +56,11 @@ class C4Stage(BoxStage):
         weight: float = 1.0,
         ground_truth: bool = True,
     ) -> None:
+        if levels.channels[0] != last_stage.inputs:
+            raise InputError(
+                f"the backbone's last stage takes {last_stage.inputs} channels and gets {levels.channels[0]}: set "
+                f"model.neck=identity or model.pyramid.channels={last_stage.inputs}"
+            )
         super().__init__(
             Levels((last_stage.channels,), (levels.strides[0] * last_stage.stride,)),
             num_classes,
