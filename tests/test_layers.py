@@ -103,6 +103,6 @@ def test_no_cycles_within_packages() -> None:
 
 
 def test_layers_alone_read_the_mode() -> None:
-    """forward, loss and predict work in train and eval mode alike: only the layers of trident blocks read the mode."""
-    readers = [p for p in files() if "self.training" in p.read_text()]
-    assert [p.relative_to(p.parents[2]).as_posix() for p in readers] == ["models/backbones/trident.py"]
+    """forward, loss and predict work in train and eval mode alike: only layers read the mode."""
+    readers = {p.relative_to(p.parents[2]).as_posix() for p in files() if "self.training" in p.read_text()}
+    assert readers == {"models/backbones/trident.py", "models/ops/layers.py"}

@@ -97,6 +97,13 @@ def test_yolof_box_loss_is_its_literal_form() -> None:
         assert torch.allclose(losses["loss_box"], total / count, rtol=1e-8)
 
 
+def test_yolof_trains_on_a_single_cell() -> None:
+    """Where plain BatchNorm fails."""
+    head = YOLOFHead(Levels((32,), (32,)), 3).train()
+    losses = head.loss(head([torch.randn(1, 32, 1, 1)]), [objects([[4, 4, 30, 30]])])
+    assert all(value.isfinite() for value in losses.values())
+
+
 # -- AutoAssign
 
 

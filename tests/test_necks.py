@@ -12,10 +12,10 @@ from fakes import check_export, shuffled
 from fusedet.errors import InputError
 from fusedet.models.necks import BFP, FPN, PAFPN, AugFPN, BiFPN
 from fusedet.models.necks.aug_fpn import Context, pooled_size
-from fusedet.models.necks.bifpn import BatchNorm, BiFPNLayer, Node, downsample
+from fusedet.models.necks.bifpn import BiFPNLayer, Node, downsample
 from fusedet.models.necks.mse_fpn import SEM
 from fusedet.models.ops.exporting import exporting
-from fusedet.models.ops.layers import init_xavier
+from fusedet.models.ops.layers import BatchNorm, init_xavier
 from fusedet.types import Features, Levels
 
 BACKBONE = Levels((8, 16, 24, 32), (4, 8, 16, 32))
@@ -340,7 +340,7 @@ def test_bifpn_repeats_its_layers() -> None:
     assert all(torch.equal(a, b) for a, b in zip(neck.layers[1](neck.layers[0](p)), neck(inputs)))
 
 
-def test_bifpn_norm_of_a_single_value() -> None:
+def test_batch_norm_of_a_single_value() -> None:
     """One value has no variance: the running statistics normalize it and stay; two values are normalized as usual."""
     ours, theirs = BatchNorm(3, eps=1e-3, momentum=0.01), nn.BatchNorm2d(3, eps=1e-3, momentum=0.01)
     x = torch.randn(1, 3, 1, 1)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fakes import maps
 from fusedet.errors import InputError
 from fusedet.interop.mmdetection.weight_names import rename_weight
 from fusedet.interop.mmdetection.weight_tables import NECK_RULES
@@ -59,6 +62,17 @@ def test_neck_options_are_checked() -> None:
         DyHead(Levels((16,), (8,)), blocks=0)
     with pytest.raises(InputError, match="dilations"):
         DilatedEncoder(levels, 16, 4, 4, dilations=(0,))
+
+
+@pytest.mark.parametrize("make", [NASFPN, DilatedEncoder])
+def test_training_on_a_single_small_image(make: Callable[..., nn.Module]) -> None:
+    """Maps of one cell, where plain BatchNorm fails."""
+    levels = Levels((8, 16, 24), (8, 16, 32))
+    neck = make(levels, 8).train()
+    outputs = neck(maps(levels, (32, 32), n=1))
+    assert outputs[-1].shape == (1, 8, 1, 1)
+    sum(x.square().sum() for x in outputs).backward()
+    assert all(x.isfinite().all() for x in (*neck.buffers(), *(p.grad for p in neck.parameters())))
 
 
 def test_the_dilated_encoder_by_mmdetections_names() -> None:

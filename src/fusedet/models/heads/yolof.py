@@ -14,7 +14,7 @@ from fusedet.models.heads.towers import InteractionFactory
 from fusedet.models.ops.argument_checks import check_focal, check_length
 from fusedet.models.ops.assigners import gather_positives, valid_prior_mask
 from fusedet.models.ops.boxes import decode_boxes, grid_priors, make_level_points
-from fusedet.models.ops.layers import conv, flatten_maps, init_normal, init_prior_bias
+from fusedet.models.ops.layers import BatchNorm, conv, flatten_maps, init_normal, init_prior_bias
 from fusedet.models.ops.losses import assigned_focal_loss, giou_loss, mean_over_ranks
 from fusedet.models.ops.uniform_assigner import UniformMatcher
 from fusedet.types import Candidates, Features, Levels, Losses, Outputs, Target
@@ -145,5 +145,5 @@ def _tower(inputs: int, channels: int, convs: int) -> nn.Sequential:
     """Stack `convs` times a 3x3 convolution, BatchNorm and ReLU."""
     layers: list[nn.Module] = []
     for width in [inputs, *[channels] * (convs - 1)]:
-        layers += [conv(width, channels, 3, bias=False), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
+        layers += [conv(width, channels, 3, bias=False), BatchNorm(channels), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fusedet.errors import InputError, require_choice
 from fusedet.models.necks.fpn import Top, TopLevels, pyramid_levels
-from fusedet.models.ops.layers import GroupNorm, conv, init_xavier
+from fusedet.models.ops.layers import BatchNorm, GroupNorm, conv, init_xavier
 from fusedet.types import Features, Levels
 
 Norm = Literal["bn", "gn"]
@@ -145,16 +145,6 @@ class Node(nn.Module):
         w = self.weight.relu()
         w = w / (w.sum() + self.eps)
         return sum(wi * m for wi, m in zip(w.unbind(), maps))  # type: ignore[return-value]
-
-
-class BatchNorm(nn.BatchNorm2d):
-    """BatchNorm that uses its running statistics where a channel has one value only, without variance."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize x (N, C, H, W)."""
-        if x.shape[0] * x.shape[2] * x.shape[3] > 1:
-            return super().forward(x)
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
 
 def downsample(x: Tensor, like: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fusedet.errors import InputError
 from fusedet.models.necks.fpn import Top, TopLevels, pyramid_levels
-from fusedet.models.ops.layers import conv, init_normal, init_xavier
+from fusedet.models.ops.layers import BatchNorm, conv, init_normal, init_xavier
 from fusedet.types import Features, Levels
 
 
@@ -48,9 +48,7 @@ class DilatedEncoder(nn.Module):
             raise InputError(f"dilations={list(dilations)}, reduction={reduction} must be at least 1")
         inputs = levels.channels[self.start :]
         self.project = nn.ModuleList(
-            nn.Sequential(
-                conv(c, channels, 1), nn.BatchNorm2d(channels), conv(channels, channels, 3), nn.BatchNorm2d(channels)
-            )
+            nn.Sequential(conv(c, channels, 1), BatchNorm(channels), conv(channels, channels, 3), BatchNorm(channels))
             for c in inputs
         )
         middle = max(channels // reduction, 1)
@@ -74,7 +72,7 @@ class ResidualBlock(nn.Sequential):
     def __init__(self, channels: int, middle: int, dilation: int) -> None:
         dilated = nn.Conv2d(middle, middle, 3, padding=dilation, dilation=dilation, bias=False)
         layers = [conv(channels, middle, 1, bias=False), dilated, conv(middle, channels, 1, bias=False)]
-        super().__init__(*(nn.Sequential(c, nn.BatchNorm2d(c.out_channels), nn.ReLU(inplace=True)) for c in layers))
+        super().__init__(*(nn.Sequential(c, BatchNorm(c.out_channels), nn.ReLU(inplace=True)) for c in layers))
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute x (N, channels, H, W) to the same shape."""

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from fusedet.errors import InputError
 from fusedet.models.necks.fpn import pyramid_levels
-from fusedet.models.ops.layers import conv, conv_norm, init_xavier
+from fusedet.models.ops.layers import BatchNorm, conv, conv_norm, init_xavier
 from fusedet.types import Features, Levels
 
 MERGED = ("gp_64_4", "sum_44_4", "sum_43_3", "sum_34_4", "sum_55_5", "sum_77_7", "gp_75_6")
@@ -53,9 +53,7 @@ class NASFPN(nn.Module):
         self.lateral = nn.ModuleList(conv_norm(c, channels, 1, "bn") for c in inputs)
         self.top = nn.ModuleList(conv_norm(channels, channels, 1, "bn") for _ in range(5 - len(inputs)))
         self.stacks = nn.ModuleList(
-            nn.ModuleDict(
-                {name: nn.Sequential(conv(channels, channels, 3), nn.BatchNorm2d(channels)) for name in MERGED}
-            )
+            nn.ModuleDict({name: nn.Sequential(conv(channels, channels, 3), BatchNorm(channels)) for name in MERGED})
             for _ in range(repeats)
         )
         init_xavier(self)

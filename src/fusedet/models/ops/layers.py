@@ -6,6 +6,7 @@ from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from fusedet.errors import InputError, require_choice
@@ -32,6 +33,16 @@ class GroupNorm(nn.GroupNorm):
         return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
+class BatchNorm(nn.BatchNorm2d):
+    """BatchNorm that uses its running statistics where a channel has one value only, without variance."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize x (N, C, H, W)."""
+        if self.training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return super().forward(x)
+
+
 def conv_norm(inputs: int, outputs: int, kernel: int, norm: Norm | None, stride: int = 1) -> nn.Module:
     """Make a convolution with bias, or one without and a norm after it.
 
@@ -50,7 +61,7 @@ def conv_norm(inputs: int, outputs: int, kernel: int, norm: Norm | None, stride:
     require_choice("norm", norm, Norm)
     if norm == "gn" and outputs % 32:
         raise InputError(f"norm=gn needs channels in multiples of 32, got {outputs}")
-    after = GroupNorm(32, outputs) if norm == "gn" else nn.BatchNorm2d(outputs)
+    after = GroupNorm(32, outputs) if norm == "gn" else BatchNorm(outputs)
     return nn.Sequential(conv(inputs, outputs, kernel, stride, bias=False), after)
 
 
