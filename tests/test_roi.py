@@ -317,6 +317,7 @@ def test_stage_without_regression_keeps_the_boxes() -> None:
     raw = made(maps(LEVELS), rois)
     assert raw[1] is None
     assert torch.equal(made.decode(raw, rois, torch.tensor([3, 3])).boxes.flatten(0, 1), rois[:, 1:])
+    assert torch.equal(made.refine(raw, rois, torch.full((2, 2), 1000)), rois[:, 1:])  # in a cascade
     assert made.loss_weights == {"loss_cls": 1.0}
     samples = made.sample(proposed(boxes(4)), [SOME])
     assert list(made.loss(made(maps(LEVELS, n=1), samples.rois), samples, [SOME])) == ["loss_cls"]

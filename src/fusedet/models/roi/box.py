@@ -195,20 +195,21 @@ class BoxStage(nn.Module):
         return Candidates(boxes.unflatten(0, (counts.shape[0], -1)), scores * real[..., None])
 
     def refine(self, raw: StageOutputs, rois: Tensor, sizes: Tensor, classes: Tensor | None = None) -> Tensor:
-        """Refine the boxes for the next stage, without gradient.
+        """Refine the boxes for the next stage, without gradient; without deltas they are only clipped.
 
         Of class-specific boxes, that of the given class counts, and that of the most likely class for background.
 
         Shape:
             rois (M, 5); sizes (N, 2), height and width of the images; classes (M,); result (M, 4), inside the images.
         """
-        assert raw[1] is not None
-        deltas = raw[1].detach().float()
-        if not self.class_agnostic:
-            likeliest = raw[0][:, :-1].argmax(dim=1)
-            chosen = likeliest if classes is None else torch.where(classes < self.num_classes, classes, likeliest)
-            deltas = _select_class(deltas, chosen)
-        boxes = decode_boxes(rois[:, 1:], deltas * self.stds)
+        boxes = rois[:, 1:]
+        if raw[1] is not None:
+            deltas = raw[1].detach().float()
+            if not self.class_agnostic:
+                likeliest = raw[0][:, :-1].argmax(dim=1)
+                chosen = likeliest if classes is None else torch.where(classes < self.num_classes, classes, likeliest)
+                deltas = _select_class(deltas, chosen)
+            boxes = decode_boxes(boxes, deltas * self.stds)
         return clip_boxes(boxes[:, None], sizes[rois[:, 0].long()]).squeeze(1)
 
 
