@@ -254,6 +254,11 @@ def test_wrong_options_are_refused(make: Any, options: dict[str, Any], message: 
         make(LEVELS, 3, **options)
 
 
+def test_alignment_needs_channels_for_its_offsets() -> None:
+    with pytest.raises(InputError, match="multiples of 4, got 6"):
+        FoveaHead(Levels((6,), (8,)), 3, align=True, norm=False)
+
+
 def test_alignment_has_no_tower_to_interact_with() -> None:
     with pytest.raises(InputError, match="align"):
         create_model("foveabox_tiny", "model.head.align=true", "model.interact=msil")

@@ -228,6 +228,11 @@ def test_parameters(modulated: bool, count: int) -> None:
     assert sizes[1] - sizes[0] == count
 
 
+def test_offset_groups_divide_the_channels() -> None:
+    with pytest.raises(InputError, match="multiples of 4, got 6"):
+        DeformPack(6, 8, offset_groups=4)
+
+
 @pytest.mark.parametrize(
     ("name", "stages", "message"),
     [

@@ -156,6 +156,11 @@ def test_half_precision() -> None:
         ({"convs": 0}, "convs=0"),
         ({"size": 7}, "size=7"),
         ({"groups": 7}, "groups=7 must divide"),
+        ({"groups": 0}, "groups=0"),
+        ({"point_channels": 0}, "point_channels=0"),
+        ({"num": 0}, "num=0"),
+        ({"jitter": -0.1}, r"jitter=-0\.1"),
+        ({"radius": -1}, "radius=-1"),
     ],
 )
 def test_bad_options_are_refused(options: dict, text: str) -> None:

@@ -7,6 +7,7 @@ References:
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fusedet.errors import InputError
 from fusedet.models.ops.deformable import DeformConv
 from fusedet.models.ops.layers import GroupNorm, conv
 
@@ -22,10 +23,18 @@ class Alignment(nn.Module):
         channels: Channels of the deformable convolution; the tower has `WIDER` times as many.
         norm: GroupNorm(32) after both convolutions of the tower.
         bias: Biases of the tower's convolutions.
+
+    Raises:
+        InputError: `OFFSET_SETS` does not divide the level's channels.
     """
 
     def __init__(self, inputs: int, channels: int, norm: bool, bias: bool) -> None:
         super().__init__()
+        if inputs % OFFSET_SETS:
+            raise InputError(
+                f"align=true needs levels with channels in multiples of {OFFSET_SETS}, got {inputs}: set align=false "
+                "or another model.pyramid.channels"
+            )
         self.offset = nn.Conv2d(4, OFFSET_SETS * 18, 1, bias=False)
         self.conv = DeformConv(inputs, channels)
         layers: list[nn.Module] = []

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import deform_conv2d
 
+from fusedet.errors import InputError
 from fusedet.models.ops.autocast import without_autocast
 from fusedet.models.ops.cells import sample_cells
 from fusedet.models.ops.exporting import is_exporting
@@ -94,6 +95,9 @@ class DeformPack(DeformConv):
         bias: As in `DeformConv`.
         modulated: Predict a mask too (DCNv2).
         offset_groups: Groups of input channels with offsets of their own.
+
+    Raises:
+        InputError: The groups do not divide the input channels.
     """
 
     def __init__(
@@ -108,6 +112,10 @@ class DeformPack(DeformConv):
         modulated: bool = False,
         offset_groups: int = 1,
     ) -> None:
+        if inputs % offset_groups:
+            raise InputError(
+                f"a deformable convolution needs input channels in multiples of {offset_groups}, got {inputs}"
+            )
         super().__init__(inputs, outputs, kernel, stride, groups, dilation, bias)
         self.modulated, self.points = modulated, offset_groups * kernel**2
         self.offset = nn.Conv2d(inputs, (3 if modulated else 2) * self.points, kernel, stride, self.padding, dilation)

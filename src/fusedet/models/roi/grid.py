@@ -65,6 +65,11 @@ class GridBranch(nn.Module):
             raise InputError(f"side={side} must be at least 2 and convs={convs} at least 1")
         if size < 2 or size % 2:
             raise InputError(f"size={size} must be even and at least 2: the first convolution halves it")
+        if min(point_channels, groups, num) < 1 or jitter < 0 or radius < 0:
+            raise InputError(
+                f"point_channels={point_channels}, groups={groups}, num={num} must be at least 1, jitter={jitter} and "
+                f"radius={radius} at least 0"
+            )
         points = side * side
         channels = points * point_channels
         if channels % groups:
