@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fusedet import cli, load
+from fusedet import check_dataset, cli, load
 from fusedet.api.export import export
 from fusedet.config import parse
 from fusedet.data.channel_decoding import read_channels
@@ -18,6 +18,7 @@ from fusedet.data.splits import read_split
 from fusedet.data.synthetic import generate_dataset
 from fusedet.data.tiling import tile_dataset
 from fusedet.data.transforms import TrainTransform
+from fusedet.data.validation import require_usable_images
 from fusedet.errors import InputError
 from fusedet.models.backbones import TimmBackbone
 from shared_fixtures import SMALL
@@ -29,6 +30,21 @@ NOISE = np.random.default_rng(0).integers(0, 256, (40, 50, 5), dtype=np.uint8)
 
 def planes(image):
     return image.permute(1, 2, 0).numpy()
+
+
+def write_arrays(folder: Path, values: np.ndarray, box: tuple[int, ...] = (5, 5, 20, 20), turned: bool = False) -> Path:
+    """COCO data of one npy file per split, with one box; `turned` swaps its annotated width and height."""
+    (folder / "annotations").mkdir(parents=True)
+    height, width = values.shape[:2][:: -1 if turned else 1]
+    for k, split in enumerate(("train", "val")):
+        np.save(folder / f"{split}.npy", values + values.dtype.type(k))
+        content = {
+            "images": [{"id": 1, "file_name": f"{split}.npy", "height": height, "width": width}],
+            "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": box, "iscrowd": 0}],
+            "categories": [{"id": 1, "name": "car"}],
+        }
+        (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    return folder
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4, 5])
@@ -54,6 +70,20 @@ def test_values_of_more_bits_by_hand(tmp_path):
     assert read_channels(tmp_path / "real.npy", 1, (0, 1))[0].tolist() == [[0, 128], [255, 255]]
     with pytest.raises(InputError, match=r"real\.npy holds float64 numbers.*: set data\.range"):
         read_channels(tmp_path / "real.npy", 1)
+
+
+def test_sixteen_bits_of_which_a_part_is_used(tmp_path):
+    data = [f"data={write_arrays(tmp_path, NOISE[..., :4].astype(np.uint16) * 11)}", "data.channels=4"]
+    report = check_dataset(*data)
+    assert report.ok
+    assert any("of 16 bits with values from 0 to 2805 only" in text for text in report.reports["train"].warnings)
+    assert "widen data.range" in str(check_dataset(*data, "data.range=[0,1000]").reports["train"].warnings)
+    config = parse({"data": {"path": str(tmp_path), "channels": 4}}).data
+    warnings: list[str] = []
+    splits = (read_split(config, split) for split in ("train", "val"))
+    require_usable_images(*splits, max_bad_share=0, warn=warnings.append)
+    assert len(warnings) == 1
+    assert "set data.range=[0,4095]" in warnings[0]
 
 
 def test_pages_of_a_tiff_are_channels(tmp_path):

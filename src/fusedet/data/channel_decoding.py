@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusedet.data.image_decoding import scale_values
+from fusedet.data.image_decoding import ImageValues, scale_values
 from fusedet.data.image_opening import (
     TRANSPOSE,
     Range,
@@ -61,24 +61,49 @@ def read_channels(
     Raises:
         InputError: The file cannot be read, or has another number of channels.
     """
-    name = name_source(source)
-    values = _load_array(source) if is_array_file(source) else _load_pages(source, value_range, exif)
-    if values.shape[2] != channels:
-        raise InputError(
-            f"{name} has {format_count(values.shape[2], 'channel')}, but data.channels={channels}: set data.channels "
-            "to what "
-            "all images have"
-        )
+    values = _load(source, channels, value_range, exif)
     if window:
         left, top, right, bottom = window
         values = values[top:bottom, left:right]
-    return torch.from_numpy(_to_bytes(values, value_range, name)).permute(2, 0, 1)
+    return _to_tensor(values, value_range, source)
+
+
+def inspect_channels(
+    source: Source, channels: int, value_range: Range | None = None, *, exif: bool = True
+) -> tuple[Tensor, ImageValues]:
+    """Decode an image as `read_channels` does, and measure the values of its file.
+
+    Args:
+        source: As for `read_channels`.
+        channels: As for `read_channels`.
+        value_range: As for `read_channels`.
+        exif: As for `read_channels`.
+
+    Returns:
+        The image (C, H, W) uint8, and its values.
+
+    Raises:
+        InputError: As for `read_channels`.
+    """
+    values = _load(source, channels, value_range, exif)
+    return _to_tensor(values, value_range, source), _measure(values)
 
 
 def read_array_size(source: Source) -> tuple[int, int]:
     """Return (height, width) of a numpy file, from its header."""
     height, width = _load_array(source).shape[:2]
     return height, width
+
+
+def _load(source: Source, channels: int, value_range: Range | None, exif: bool) -> np.ndarray:
+    """Open an image as (H, W, C) of the numbers that its file holds."""
+    values = _load_array(source) if is_array_file(source) else _load_pages(source, value_range, exif)
+    if values.shape[2] != channels:
+        raise InputError(
+            f"{name_source(source)} has {format_count(values.shape[2], 'channel')}, but data.channels={channels}: set "
+            "data.channels to what all images have"
+        )
+    return values
 
 
 def _load_array(source: Source) -> np.ndarray:
@@ -124,6 +149,17 @@ def _load_pages(source: Source, value_range: Range | None, exif: bool) -> np.nda
         if len({plane.shape[:2] for plane in planes}) > 1:
             raise InputError(f"{name} has pages of several sizes: its channels must have the same")
         return np.concatenate(planes, axis=2)
+
+
+def _to_tensor(values: np.ndarray, value_range: Range | None, source: Source) -> Tensor:
+    return torch.from_numpy(_to_bytes(values, value_range, name_source(source))).permute(2, 0, 1)
+
+
+def _measure(values: np.ndarray) -> ImageValues:
+    depth = {"|u1": 8, "<u2": 16, ">u2": 16}.get(values.dtype.str, 32)
+    finite = values[np.isfinite(values)] if values.dtype.kind == "f" else values
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    return ImageValues(low, high, depth, transparent=0.0)
 
 
 def _to_bytes(values: np.ndarray, value_range: Range | None, name: str) -> np.ndarray:

@@ -14,7 +14,7 @@ import numpy as np
 
 from fusedet.data.annotation_cleaning import HARMLESS, MARGIN, advise
 from fusedet.data.bad_images import count_allowed_bad_images
-from fusedet.data.channel_decoding import is_array_file, read_array_size, read_channels
+from fusedet.data.channel_decoding import inspect_channels, is_array_file, read_array_size
 from fusedet.data.class_names import count_per_label, label_classes
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.duplicate_images import ImagePrint, compute_print
@@ -255,7 +255,7 @@ def _inspect_image(dataset: DetectionDataset, i: int, *, with_print: bool = True
         if dataset.channels == 3 and not is_array_file(path):
             decoded[:] = inspect_image(path, dataset.value_range, exif=dataset.exif)
         else:
-            decoded[:] = read_channels(path, dataset.channels, dataset.value_range, exif=dataset.exif), None
+            decoded[:] = inspect_channels(path, dataset.channels, dataset.value_range, exif=dataset.exif)
         return tuple(decoded[0].shape[1:])
 
     fault = _check_size(dataset, i, decode)
