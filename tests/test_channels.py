@@ -86,6 +86,17 @@ def test_sixteen_bits_of_which_a_part_is_used(tmp_path):
     assert "set data.range=[0,4095]" in warnings[0]
 
 
+@pytest.mark.parametrize(("box", "turned"), [((5, 5, 70, 20), False), ((5, 5, 20, 20), True)])
+def test_arrays_have_no_orientation(tmp_path, box, turned):
+    """A box far outside and a swapped size make other images be read as they are stored."""
+    data = write_arrays(tmp_path, NOISE[..., :4], box, turned)
+    report = check_dataset(f"data={data}", "data.channels=4")
+    assert report.ok is not turned
+    assert [error.partition(".npy ")[2] for error in report.reports["train"].errors] == [
+        "is 50x40 pixels, but its annotation says 40x50"
+    ] * turned
+
+
 def test_pages_of_a_tiff_are_channels(tmp_path):
     pages = [Image.fromarray(NOISE[..., k]) for k in range(5)]
     pages[0].save(tmp_path / "pages.tiff", save_all=True, append_images=pages[1:])

@@ -303,6 +303,8 @@ def _check_boxes_of_turned_image(dataset: DetectionDataset, i: int) -> _Fault | 
 
 
 def _read_stored_size(path: Path) -> tuple[int, int]:
+    if is_array_file(path):
+        return read_array_size(path)
     return read_image_size(path, any_mode=True, exif=False)
 
 
