@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from fusedet import cli
 from fusedet.api.check_dataset import DatasetCheck
 from fusedet.data import annotation_cleaning as cleaning
 from fusedet.data.class_names import normalize_class_name
-from fusedet.data.duplicate_images import compute_print, find_shared_images
+from fusedet.data.duplicate_images import ImagePrint, compute_print, find_shared_images
 from fusedet.data.image_decoding import read_image
 from fusedet.data.readers.auto import read_dataset
 from fusedet.data.readers.key_points import resemble_key_points
@@ -476,6 +477,19 @@ def test_shared_images(tmp_path: Path) -> None:
         {("recompressed.jpg", "2.png"), ("smaller.png", "3.png")},
     ]
     assert len(find_shared_images(files[1], files[0]).same_file) == 1, "by path without decoding"
+
+
+def test_frames_of_a_fixed_camera_are_compared_at_once() -> None:
+    """All pairs correlate, and the first images of the other split differ too much in contrast."""
+    rng = np.random.default_rng(0)
+    view = rng.normal(0, 40, (16, 16))
+    frames = [ImagePrint(str(i), (view + rng.normal(0, 1, view.shape)).astype(np.float16)) for i in range(900)]
+    others = [ImagePrint("pale", (2 * view).astype(np.float16))] * 300 + frames[:400]
+    paths = [[Path(f"{split}{i}.png") for i in range(n)] for split, n in (("val", 500), ("train", 700))]
+    start = time.process_time()
+    shared = find_shared_images(*paths, frames[400:], others)
+    assert time.process_time() - start < 1, "pair by pair it takes seconds"
+    assert shared.similar == [(i, 300) for i in range(500)]
 
 
 @pytest.mark.parametrize("dataset_format", FORMATS)

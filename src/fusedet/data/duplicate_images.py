@@ -17,6 +17,7 @@ _MIN_CONTRAST = 4.0  # gray levels of standard deviation: flatter images all loo
 _MIN_CORRELATION = 0.99
 _MAX_DIFFERENCE = 4.0  # mean difference in gray levels, after the means are made equal
 _BLOCK = 1 << 22  # pairs that are compared at a time, which bounds memory
+_CANDIDATES = 256  # images that one is compared with at a time: frames of a fixed camera mostly fit the first
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,11 @@ def _find_similar(gray: np.ndarray, other_gray: np.ndarray) -> list[tuple[int, i
     size = max(1, _BLOCK // len(other_gray))
     for start in range(0, len(gray), size):
         part = centered[start : start + size]
-        for i, j in ((normalize(part) @ other_units.T) >= _MIN_CORRELATION).nonzero().tolist():
-            difference = float((part[i] - other_centered[j]).abs().mean())
-            if difference <= _MAX_DIFFERENCE and (not pairs or pairs[-1][0] != start + i):
-                pairs.append((start + i, j))
+        correlates = (normalize(part) @ other_units.T) >= _MIN_CORRELATION
+        for i in correlates.any(dim=1).nonzero().flatten().tolist():
+            for candidates in correlates[i].nonzero().flatten().split(_CANDIDATES):
+                is_similar = (part[i] - other_centered[candidates]).abs().mean(dim=1) <= _MAX_DIFFERENCE
+                if is_similar.any():
+                    pairs.append((start + i, int(candidates[is_similar][0])))
+                    break
     return pairs
