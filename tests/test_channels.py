@@ -1,6 +1,7 @@
 """Images of other channels than RGB: TIFF and npy files of 1 to N channels, from the file to a trained detector."""
 
 import json
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,40 @@ def test_a_fourth_channel_is_no_transparency(tmp_path):
     assert np.array_equal(planes(read_channels(tmp_path / "four.tiff", 4)), NOISE[..., :4])
     Image.fromarray(NOISE[..., :3]).save(tmp_path / "three.png")
     assert torch.equal(read_channels(tmp_path / "three.png", 3), read_image(tmp_path / "three.png"))
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+@pytest.mark.parametrize("meaning", [0, 1, 2])
+def test_a_fourth_channel_of_any_meaning(tmp_path, meaning, compression):
+    """ExtraSamples of TIFF: 0 unspecified, 1 associated alpha, 2 alpha."""
+    path, image = tmp_path / "four.tiff", Image.fromarray(NOISE[..., :4])
+    image.save(path, compression=compression)
+    content = path.read_bytes()
+    entry = struct.pack("<HHI", 338, 3, 1)
+    assert content.count(entry) == 1
+    path.write_bytes(content.replace(entry + b"\2", entry + bytes([meaning])))
+    assert Image.open(path).tag_v2[338] == (meaning,)
+    assert np.array_equal(planes(read_channels(path, 4)), NOISE[..., :4])
+
+
+def test_pages_of_more_channels_than_pillow_reads(tmp_path):
+    tags = [(256, 4, 5), (257, 4, 4), (258, 3, 8), (259, 3, 1), (262, 3, 2), (273, 4, 0), (277, 3, 5), (278, 4, 4)]
+    tags += [(279, 4, 100), (338, 3, 0)]
+    start = 8 + 2 + 12 * len(tags) + 4
+    entries = [
+        struct.pack("<HHII", tag, kind, 2 if tag == 338 else 1, start if tag == 273 else value)
+        for tag, kind, value in tags
+    ]
+    header = struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + b"".join(entries) + bytes(4)
+    (tmp_path / "five.tiff").write_bytes(header + NOISE[:4, :5].tobytes())
+    with pytest.raises(InputError, match=r"five\.tiff has a page of 5 channels, of which Pillow reads 3: save it with"):
+        read_channels(tmp_path / "five.tiff", 5)
+    rgb, gray = (struct.pack("<HHII", 262, 3, 1, value) for value in (2, 1))
+    (tmp_path / "grays.tiff").write_bytes(header.replace(rgb, gray))
+    with pytest.raises(
+        InputError, match=r"grays\.tiff is .* not an image in a format that Pillow reads: save other channels than RGB"
+    ):
+        read_channels(tmp_path / "grays.tiff", 5)
 
 
 def test_a_turned_image_with_one_channel(tmp_path):

@@ -24,6 +24,7 @@ from fusedet.data.image_windows import Window
 from fusedet.errors import InputError, format_count
 
 _MAGIC = b"\x93NUMPY"
+_SAMPLES, _EXTRA_SAMPLES = 277, 338  # tags of TIFF
 
 
 def is_array_file(source: Source) -> bool:
@@ -43,7 +44,7 @@ def read_channels(
 
     - A numpy file is (H, W) or (H, W, C).
     - The pages of a TIFF file are joined: it may have one page with all channels, or one per channel.
-    - Nothing is composited: a fourth channel is no transparency.
+    - Nothing is composited: a fourth channel is no transparency, whatever the file calls it.
     - 16-bit values are scaled to 8 bits.
 
     Args:
@@ -140,15 +141,36 @@ def _load_pages(source: Source, value_range: Range | None, exif: bool) -> np.nda
                     "applied: save it as npy, or with one channel per page"
                 )
             transpose = TRANSPOSE.get(get_orientation(image, exif))
+            samples = _keep_fourth_channel(image)
             image.load()
             whole: Any = (
                 image.convert("RGB") if image.mode == "P" else image.convert("L") if image.mode == "1" else image
             )
             values = np.asarray(whole if transpose is None else whole.transpose(transpose))
+            if samples > (values.shape[2] if values.ndim == 3 else 1):
+                raise InputError(
+                    f"{name} has a page of {samples} channels, of which Pillow reads {len(whole.getbands())}: save it "
+                    "with one channel per page, or as npy"
+                )
             planes.append(values if values.ndim == 3 else values[..., None])
         if len({plane.shape[:2] for plane in planes}) > 1:
             raise InputError(f"{name} has pages of several sizes: its channels must have the same")
         return np.concatenate(planes, axis=2)
+
+
+def _keep_fourth_channel(image: Any) -> int:
+    """Return the channels of a page, 1 where no tag says it, and make Pillow keep the fourth of a TIFF as stored.
+
+    By its tag ExtraSamples, Pillow would drop the channel, or divide the colors by it; only alpha that is not
+    associated with the colors is kept.
+    """
+    if image.format != "TIFF":
+        return 1
+    samples = image.tag_v2.get(_SAMPLES, 1)
+    if samples == 4 and image.tag_v2.get(_EXTRA_SAMPLES) in ((0,), (1,)):
+        image.tag_v2[_EXTRA_SAMPLES] = (2,)
+        image._setup()  # derives the mode from the tags, as when the page was opened
+    return int(samples)
 
 
 def _to_tensor(values: np.ndarray, value_range: Range | None, source: Source) -> Tensor:

@@ -129,7 +129,11 @@ def explain_faults(name: str) -> Iterator[None]:
     except FileNotFoundError:
         raise InputError(f"{name} does not exist: an image was expected there") from None
     except UnidentifiedImageError as error:
-        hint = ": pip install pillow-heif" if name.lower().endswith((".heic", ".heif", ".hif")) else ""
+        hints = {
+            (".heic", ".heif", ".hif"): ": pip install pillow-heif",
+            (".tif", ".tiff"): ": save other channels than RGB with one per page, or as npy",
+        }
+        hint = next((text for endings, text in hints.items() if name.lower().endswith(endings)), "")
         raise InputError(f"{name} is empty or not an image in a format that Pillow reads{hint}") from error
     except Image.DecompressionBombError as error:
         raise _too_large(name) from error
