@@ -17,7 +17,7 @@ from fusedet.data.dataset import DetectionDataset, ImageAnnotations
 from fusedet.data.image_decoding import read_image
 from fusedet.data.loader import build_train_loader
 from fusedet.data.tiling import tile_dataset, tile_windows
-from fusedet.data.transforms import TrainTransform
+from fusedet.data.transforms import TrainTransform, decode_mask
 from fusedet.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("unrendered")
@@ -94,6 +94,7 @@ def test_objects_of_tiles_by_hand(tmp_path):
     assert tiles[1].tile == (60, 0, 100, 220)
     assert tile_dataset(dataset, 100, 0.2, 0.25)[0].ignore.tolist() == [False, False], "a quarter is enough now"
     assert len(tile_dataset(dataset, 640, 0.2, 0.3)) == 1
+    assert decode_mask(tiles[1], 0).flags.owndata, "a view would keep the mask of the whole image"
 
 
 def bounds_of(image, k):

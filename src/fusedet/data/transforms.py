@@ -231,5 +231,6 @@ def decode_mask(annotations: ImageAnnotations, i: int) -> np.ndarray:
             f"{annotations.path}: the segmentation of annotation {i} is {mask.shape} instead of {(height, width)}"
         )
     if tile:
-        mask = mask[tile.top : tile.top + annotations.height, tile.left : tile.left + annotations.width]
+        # a copy, so that the mask of the whole image is freed
+        mask = mask[tile.top : tile.top + annotations.height, tile.left : tile.left + annotations.width].copy()
     return mask
