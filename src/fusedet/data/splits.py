@@ -98,7 +98,7 @@ def hold_out(dataset: DetectionDataset, share: float, seed: int) -> np.ndarray:
     shares = np.array([1 - share, share])
     lacking_images = shares * count
     lacking = shares[:, None] * has_class.sum(axis=0)  # (2, K): training and validation
-    remaining = has_class[order].copy()
+    left = has_class.sum(axis=0)  # (K,): images that have no side yet
     side: np.ndarray = np.full(count, -1)
 
     def assign(position: int, k: int | None) -> None:
@@ -110,11 +110,11 @@ def hold_out(dataset: DetectionDataset, share: float, seed: int) -> np.ndarray:
         side[image] = chosen
         lacking[chosen, has_class[image]] -= 1
         lacking_images[chosen] -= 1
-        remaining[position] = False
+        left[has_class[image]] -= 1
 
-    while (left := remaining.sum(axis=0)).any():
+    while left.any():
         k = int(np.where(left > 0, left, count + 1).argmin())
-        for position in np.flatnonzero(remaining[:, k]):
+        for position in np.flatnonzero(has_class[order, k] & (side[order] < 0)):
             assign(int(position), k)
     for position in np.flatnonzero(side[order] < 0):
         assign(int(position), None)
