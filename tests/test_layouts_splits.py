@@ -17,9 +17,11 @@ import fusedet
 from fusedet import config
 from fusedet.cli import app
 from fusedet.config.schema import Data
+from fusedet.data import annotation_cleaning as cleaning
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.readers.auto import list_splits, read_dataset
 from fusedet.data.splits import hold_out, read_split, select_classes
+from fusedet.data.usable_targets import count_annotations
 from fusedet.data.validation import check_image_headers
 from fusedet.errors import InputError
 from fusedet.evaluation import load_results
@@ -139,6 +141,27 @@ def test_the_split_of_a_config(tmp_path: Path) -> None:
     many = Data(path=str(write_many(tmp_path / "many", {str(i): ["car"] for i in range(12)})), val=0.25)
     assert len({tuple(stems(read_split(many.replace(split_seed=seed), "val"))) for seed in range(8)}) > 1
     assert len(read_split(data.replace(val="train"), "train")) == 4
+
+
+def test_problems_are_those_of_the_part_and_its_classes(tmp_path: Path) -> None:
+    """A negative box of a cat in b, an empty one of a dog in c, and an annotation of no image."""
+    put_images(tmp_path / "train")
+    content = coco()
+    content["annotations"][2]["bbox"][2:] = [-5, -5]
+    content["annotations"][4]["bbox"][2:] = [0, 3]
+    content["annotations"].append(content["annotations"][0] | {"id": 9, "image_id": 99})
+    write_json(tmp_path / "annotations" / "instances_train.json", content)
+    data = Data(path=str(tmp_path), val=0.25)
+    boxes = {cleaning.NEGATIVE: ("b", "cat"), cleaning.NO_AREA: ("c", "dog")}
+    for seed in range(4):
+        for split in ("train", "val"):
+            part = read_split(data.replace(split_seed=seed), split)
+            own = {text: 1 for text, (stem, _) in boxes.items() if stem in stems(part)}
+            assert part.problems == own | ({cleaning.NO_IMAGE: 1} if split == "train" else {})
+            assert all(part.examples[text].endswith(f"{boxes[text][0]}.jpg") for text in own)
+            assert count_annotations(part) == sum(len(IMAGES[stem][2]) for stem in stems(part))
+    whole = read_split(Data(path=str(tmp_path), classes=["dog"]), "train")
+    assert whole.problems == {cleaning.NO_IMAGE: 1, cleaning.NO_AREA: 1}
 
 
 @pytest.mark.parametrize("value", ["1.5", "0.0", "-0.2", "1"])

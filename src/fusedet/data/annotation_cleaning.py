@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from fusedet.data.dataset import DetectionDataset
 
@@ -107,8 +108,13 @@ def build_clean_dataset(
     kept[:, 2:] = np.maximum(kept[:, 2:], kept[:, :2])
     extent = np.prod(kept[:, 2:] - kept[:, :2], axis=1)
     area = extent if area is None else np.where(np.isnan(area[keep]), extent, area[keep])
-    counts = dict(problems or {}) | {text: int(is_faulty.sum()) for text, is_faulty in faults.items()}
-    firsts = {text: paths[image_indices[is_faulty.argmax()]] for text, is_faulty in faults.items() if is_faulty.any()}
+    faulty = {
+        text: torch.from_numpy(np.column_stack([image_indices[is_faulty], labels[is_faulty]]).astype(np.int64))
+        for text, is_faulty in faults.items()
+        if is_faulty.any()
+    }
+    counts = dict(problems or {}) | {text: len(rows) for text, rows in faulty.items()}
+    firsts = {text: paths[int(rows[0, 0])] for text, rows in faulty.items()}
     return DetectionDataset.from_arrays(
         names,
         category_ids,
@@ -126,6 +132,7 @@ def build_clean_dataset(
         dataset_format=dataset_format,
         problems={text: int(n) for text, n in counts.items() if n},
         examples=dict(examples or {}) | firsts,
+        faulty=faulty,
         image_id_texts=image_id_texts,
         category_id_texts=category_id_texts,
     )

@@ -72,6 +72,8 @@ class DetectionDataset:
         dataset_format: The format that was read, as `readers.auto.detect_format` names it.
         problems: Number of malformed annotations by kind; the key says how they were treated.
         examples: The first file of each kind of problem, where one is known.
+        faulty: The annotations of each kind of problem that concerns single boxes, also of those that are dropped:
+            (n, 2) int64, their images and labels.
         value_range: The pixel values that become 0 and 255 in images of more than 8 bits per channel; None for the
             whole range of 16 bits.
         image_id_texts: N ids of the images as the dataset has them, where these are texts; else none.
@@ -97,6 +99,7 @@ class DetectionDataset:
     segmentations: PackedBytes
     problems: Mapping[str, int] = field(default_factory=dict)
     examples: Mapping[str, str] = field(default_factory=dict)
+    faulty: Mapping[str, Tensor] = field(default_factory=dict)
     value_range: tuple[float, float] | None = None
     image_id_texts: PackedBytes | None = None
     category_id_texts: tuple[str, ...] = ()
@@ -168,6 +171,7 @@ class DetectionDataset:
         dataset_format: str,
         problems: Mapping[str, int] | None = None,
         examples: Mapping[str, str] | None = None,
+        faulty: Mapping[str, Tensor] | None = None,
         image_id_texts: Sequence[str] = (),
         category_id_texts: Sequence[str] = (),
     ) -> DetectionDataset:
@@ -192,6 +196,7 @@ class DetectionDataset:
             dataset_format: The format that was read.
             problems: Number of malformed annotations by kind.
             examples: The first file of each kind of problem.
+            faulty: The images and labels of the annotations of each kind of problem.
             image_id_texts: N ids of the images, where these are texts.
             category_id_texts: K ids of the categories, where these are texts.
         """
@@ -218,6 +223,7 @@ class DetectionDataset:
             segmentations=PackedBytes.pack([segmentations[i] for i in order.tolist()]),
             problems=dict(problems or {}),
             examples=dict(examples or {}),
+            faulty=dict(faulty or {}),
             image_id_texts=PackedBytes.pack([text.encode() for text in image_id_texts]) if image_id_texts else None,
             category_id_texts=tuple(category_id_texts),
         )

@@ -45,6 +45,9 @@ def read_split(data: Data, split: str, *, need_images: bool = True) -> Detection
         held_out = hold_out(dataset, data.val, data.split_seed)
         part = "held out by" if is_held_out else "left by"
         source = f"{dataset.source}, {part} data.val={data.val:g}"
+        if is_held_out:  # what cannot be counted by image is said of the other part only
+            own = {text: count for text, count in dataset.problems.items() if text in dataset.faulty}
+            dataset = dataclasses.replace(dataset, problems=own)
         dataset = take_images(dataset, np.flatnonzero(held_out == is_held_out), source)
     return select_classes(
         dataclasses.replace(dataset, value_range=data.range, channels=data.channels), data.classes, data.rename or {}
@@ -131,13 +134,15 @@ def hold_out(dataset: DetectionDataset, share: float, seed: int) -> np.ndarray:
 
 
 def take_images(dataset: DetectionDataset, indices: np.ndarray, source: str) -> DetectionDataset:
-    """Return a dataset of some of the images, in the given order."""
+    """Return a dataset of some of the images, in the given order, with the problems of their boxes."""
     offsets = dataset.offsets.numpy()
     counts = np.diff(offsets)[indices]
     rows = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in indices.tolist()] or [np.zeros(0, int)])
     at = torch.from_numpy(np.asarray(rows, dtype=np.int64))
     images = torch.from_numpy(np.asarray(indices, dtype=np.int64))
     texts = dataset.image_id_texts
+    new_images = torch.full((len(dataset),), -1)
+    new_images[images] = torch.arange(len(images))
     return dataclasses.replace(
         dataset,
         source=source,
@@ -147,6 +152,7 @@ def take_images(dataset: DetectionDataset, indices: np.ndarray, source: str) -> 
         paths=_take(dataset.paths, indices),
         image_id_texts=None if texts is None else _take(texts, indices),
         **_take_annotations(dataset, at),
+        **_take_problems(dataset, new_images, torch.arange(len(dataset.names))),
     )
 
 
@@ -187,6 +193,7 @@ def select_classes(dataset: DetectionDataset, classes: Sequence[str], rename: Ma
         category_id_texts=tuple(texts[i] for i in firsts) if texts else (),
         offsets=offsets,
         **columns,
+        **_take_problems(dataset, torch.arange(len(dataset)), new_label),
     )
 
 
@@ -194,6 +201,20 @@ def _take_annotations(dataset: DetectionDataset, at: torch.Tensor) -> dict[str, 
     columns = ("boxes", "labels", "ignore", "eval_ignore", "area")
     taken: dict[str, Any] = {name: getattr(dataset, name)[at] for name in columns}
     return taken | {"segmentations": _take(dataset.segmentations, at.numpy())}
+
+
+def _take_problems(dataset: DetectionDataset, new_images: torch.Tensor, new_labels: torch.Tensor) -> dict[str, Any]:
+    """Count the faulty boxes that are kept, given the new indices (N,) of the images and (K,) of the classes or -1."""
+    problems, examples, faulty = dict(dataset.problems), dict(dataset.examples), {}
+    for text, rows in dataset.faulty.items():
+        taken = torch.stack([new_images[rows[:, 0]], new_labels[rows[:, 1]]], dim=1)
+        is_kept = (taken >= 0).all(dim=1)
+        del problems[text], examples[text]
+        if is_kept.any():
+            faulty[text] = taken[is_kept]
+            problems[text] = len(faulty[text])
+            examples[text] = str(dataset.path(int(rows[is_kept][0, 0])))
+    return {"problems": problems, "examples": examples, "faulty": faulty}
 
 
 def _take(items: PackedBytes, indices: np.ndarray) -> PackedBytes:
