@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fusedet import cli
+from fusedet import check_dataset, cli
 from fusedet.api.train_inputs import check_config
 from fusedet.config import load
 from fusedet.data.augmentation import AugmentedTransform
@@ -19,6 +19,7 @@ from fusedet.data.loader import build_train_loader
 from fusedet.data.tiling import tile_dataset, tile_windows
 from fusedet.data.transforms import TrainTransform, decode_mask
 from fusedet.errors import InputError
+from tiny import write_coco
 
 pytestmark = pytest.mark.usefixtures("unrendered")
 
@@ -95,6 +96,20 @@ def test_objects_of_tiles_by_hand(tmp_path):
     assert tile_dataset(dataset, 100, 0.2, 0.25)[0].ignore.tolist() == [False, False], "a quarter is enough now"
     assert len(tile_dataset(dataset, 640, 0.2, 0.3)) == 1
     assert decode_mask(tiles[1], 0).flags.owndata, "a view would keep the mask of the whole image"
+
+
+def test_doctor_measures_objects_in_tiles(tmp_path):
+    """The smallest object is 3.25 pixels wide in an image of 40 x 30, which is resized to 32 x 24 as a whole."""
+    for split in ("train", "val"):
+        write_coco(tmp_path, split=split)
+
+    def measure(*tiles):
+        reports = check_dataset(f"data={tmp_path}", "data.size=[32,32]", *tiles, read_images=False).reports
+        return [reports[split].statistics["smallest"]["network_side"] for split in ("train", "val")]
+
+    assert measure() == pytest.approx([2.6, 2.6])
+    assert measure("data.tiles.size=32") == pytest.approx([3.25, 2.6])
+    assert measure("test.tiles.size=32") == pytest.approx([2.6, 3.25])
 
 
 def bounds_of(image, k):

@@ -27,7 +27,7 @@ from fusedet.data.split_checks import compare_splits
 from fusedet.data.splits import read_split
 from fusedet.errors import InputError
 
-SETTABLE = ("data", "train.schedule", "test.max_det")
+SETTABLE = ("data", "train.schedule", "test.max_det", "test.tiles")
 """What can be set where data are checked."""
 MOST_LINES = 10
 """Lines of the summary."""
@@ -132,6 +132,7 @@ def check_dataset(
             progress=bar,
             max_det=options.test.max_det,
             for_training=split == options.data.train,
+            tile=(options.data.tiles if split == options.data.train else options.test.tiles).size,
         )
     between = _find_unlisted_files(options.data, splits)
     if len(splits) == 2:

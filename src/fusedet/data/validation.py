@@ -97,6 +97,7 @@ def validate_split(
     progress: Progress | None = None,
     max_det: int = 100,
     for_training: bool = True,
+    tile: int | None = None,
 ) -> DatasetReport:
     """Check the annotations of a split and, by default, decode every image as the loader does.
 
@@ -107,6 +108,7 @@ def validate_split(
         progress: Wraps the iterable over the images.
         max_det: Detections of an image that the evaluation looks at.
         for_training: Whether the split is trained on, not only evaluated.
+        tile: Side of the tiles that are resized in place of images, in pixels; None for whole images.
     """
     statistics = _count(dataset)
     findings = [
@@ -130,14 +132,15 @@ def validate_split(
         findings.append(crowded)
     if for_training and (rare := describe_rare_classes(dataset)):
         findings.append(rare)
-    if smallest := _find_smallest(dataset, size):
+    if smallest := _find_smallest(dataset, size, tile):
         statistics["smallest"] = smallest
         if smallest["network_side"] < _MIN_NETWORK_SIDE and not any(f.severity == "error" for f in findings):
             findings.append(
                 Finding(
                     "warning",
-                    f"at data.size={list(size)} the shorter side of the smallest annotation is "
-                    f"{smallest['network_side']:.1f} pixels: a larger data.size keeps it visible",
+                    f"at data.size={list(size)}{f' in tiles of {tile}' if tile else ''} the shorter side of the "
+                    f"smallest annotation is {smallest['network_side']:.1f} pixels: a larger data.size keeps it "
+                    "visible",
                     f"annotations under {_MIN_NETWORK_SIDE} pixels after the resize",
                     smallest["count"],
                     smallest["image"],
@@ -221,14 +224,18 @@ def _side_lengths(dataset: DetectionDataset) -> np.ndarray:
     return boxes[:, 2:] - boxes[:, :2]
 
 
-def _find_smallest(dataset: DetectionDataset, size: tuple[int, int]) -> dict[str, Any] | None:
-    """Find the annotation whose shorter side is shortest after the resize; None where no box has an area."""
+def _find_smallest(dataset: DetectionDataset, size: tuple[int, int], tile: int | None) -> dict[str, Any] | None:
+    """Find the annotation whose shorter side is shortest after the resize; None where no box has an area.
+
+    The arguments are those of `validate_split`.
+    """
     sides = _side_lengths(dataset)
     has_area = sides.clip(0).prod(axis=1) > 0
     if not has_area.any():
         return None
     image_index = dataset.image_indices
-    scale = np.array([keep_ratio_size(int(h), int(w), *size)[0] / max(int(h), 1) for h, w in dataset.sizes.numpy()])
+    resized = dataset.sizes.numpy().clip(1, tile)
+    scale = np.array([keep_ratio_size(int(h), int(w), *size)[0] / int(h) for h, w in resized])
     shorter = np.where(has_area, sides.min(axis=1) * scale[image_index], np.inf)
     i = int(shorter.argmin())
     return {
