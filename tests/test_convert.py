@@ -103,6 +103,7 @@ def test_losses_are_counted(tmp_path: Path) -> None:
         "annotations": 4,
         writers.DROPPED_SEGMENTATIONS.format(format="VOC"): 3,
         writers.DROPPED_CROWDS: 1,
+        writers.DROPPED_IGNORE: 1,
         writers.NEW_IDS.format(format="VOC"): 2,
     }
     assert convert_dataset(src, tmp_path / "yolo", "yolo")["train"] == {
@@ -114,6 +115,15 @@ def test_losses_are_counted(tmp_path: Path) -> None:
     }
     segmentation = by_name(read_dataset(tmp_path / "yolo", "train"))["b"].segmentations[0]
     np.testing.assert_allclose(segmentation, [[5, 6, 15, 6, 15, 18]], atol=1e-6)
+
+
+def test_a_crowd_is_counted_by_its_flag(tmp_path: Path) -> None:
+    """A crowd may have no segmentation, and an annotation with ignore=1 may have an RLE."""
+    data = coco_dict()
+    rle = data["annotations"][2].pop("segmentation")
+    data["annotations"][0] |= {"ignore": 1, "segmentation": rle}
+    counts = convert_dataset(write_coco(tmp_path / "src", data), tmp_path / "voc", "voc")["train"]
+    assert (counts[writers.DROPPED_CROWDS], counts[writers.DROPPED_IGNORE]) == (1, 2)
 
 
 def test_a_polygon_with_other_bounds_than_its_box_is_dropped(tmp_path: Path) -> None:

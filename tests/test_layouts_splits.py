@@ -27,7 +27,7 @@ from fusedet.errors import InputError
 from fusedet.evaluation import load_results
 from layouts import CLASSES, IMAGES, LAYOUTS, coco, contents, put_images, put_xml, write_json
 from shared_fixtures import SMALL
-from tiny import image, write_yolo
+from tiny import image, write_coco, write_yolo
 
 TRAIN = [*SMALL, "train.epochs=1", "train.batch=2", "data.workers=0", "model.backbone.pretrained=false", "device=cpu"]
 
@@ -337,6 +337,19 @@ def test_absent_splits_are_left_out(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has no split 'tets'"):
         fusedet.convert_dataset(file, tmp_path / "x", "coco", splits=["tets"])
     assert not (tmp_path / "x").exists()
+
+
+def test_a_share_replaces_the_validation_split_with_a_note(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        write_coco(tmp_path / "src", split=split)
+    done = fusedet.convert_dataset(tmp_path / "src", tmp_path / "dst", "coco", "data.val=0.5")
+    assert {split: counts["images"] for split, counts in done.splits.items()} == {"train": 1, "val": 1}
+    (note,) = done.notes
+    assert (
+        note == f"the split 'val' of {tmp_path / 'src'} is left out: data.val=0.5 makes one of that name from 'train'"
+    )
+    done = fusedet.convert_dataset(tmp_path / "src", tmp_path / "part", "coco", "data.val=0.5", splits=["train"])
+    assert not done.notes
 
 
 @pytest.mark.parametrize("to", ["coco", "voc", "yolo"])

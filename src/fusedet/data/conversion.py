@@ -95,6 +95,11 @@ def _read_splits(
     if len(available) == 1 and not SPLIT_NAMES & available.keys():
         available = {"train": None}  # the only split, whatever its name
     if isinstance(source.val, float):
+        if source.val_split in available and source.val_split in map(normalize_split_name, wanted or available):
+            note(
+                f"the split '{source.val_split}' of {src} is left out: data.val={source.val:g} makes one of that name "
+                f"from '{source.train}'"
+            )
         available |= {source.val_split: None}
     for name in wanted or []:
         select_split(available, name, Path(src))

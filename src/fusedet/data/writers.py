@@ -19,6 +19,7 @@ from fusedet.errors import InputError
 DROPPED_SEGMENTATIONS = "segmentations that {format} cannot hold: boxes only"
 DROPPED_FLAGS = "ignored annotations (crowd, ignore, difficult) that became normal ones: YOLO has no flag for them"
 DROPPED_CROWDS = "crowds that became difficult annotations: VOC has no crowds"
+DROPPED_IGNORE = "annotations with ignore=1 that became difficult ones: VOC's evaluation ignores them too"
 NEW_IDS = "classes whose category id changed: {format} assigns its own"
 RENAMED = "images renamed: the name was taken, or a list cannot hold it"
 
@@ -112,9 +113,9 @@ def write_voc(
             losses[DROPPED_SEGMENTATIONS.format(format="VOC")] += sum(
                 segmentation is not None for segmentation in image.segmentations
             )
-            losses[DROPPED_CROWDS] += sum(
-                isinstance(s, dict) and bool(i) for s, i in zip(image.segmentations, image.ignore, strict=True)
-            )
+        if dataset.dataset_format == "coco":  # other formats mark difficult annotations
+            losses[DROPPED_CROWDS] = int(dataset.eval_ignore.sum())
+        losses[DROPPED_IGNORE] = int((dataset.ignore & ~dataset.eval_ignore).sum())
         losses[NEW_IDS.format(format="VOC")] = sum(k != i for i, k in enumerate(dataset.category_ids, 1))
         report[split] = _count(dataset, file_names[split], losses)
     return report
