@@ -5,17 +5,21 @@ import re
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch.nn.functional import interpolate
 
 import fusedet
 from bad_data import HEIGHT, WIDTH, write_dataset
 from fusedet import cli
 from fusedet.api.check_dataset import DatasetCheck
 from fusedet.data import annotation_cleaning as cleaning
+from fusedet.data import validation
 from fusedet.data.class_names import normalize_class_name
 from fusedet.data.duplicate_images import ImagePrint, compute_print, find_shared_images
 from fusedet.data.image_decoding import read_image
@@ -477,6 +481,30 @@ def test_shared_images(tmp_path: Path) -> None:
         {("recompressed.jpg", "2.png"), ("smaller.png", "3.png")},
     ]
     assert len(find_shared_images(files[1], files[0]).same_file) == 1, "by path without decoding"
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 2), (37, 50), (64, 300)])
+def test_a_print_is_the_reduced_image(tmp_path: Path, height: int, width: int) -> None:
+    (tmp_path / "file").touch()
+    image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    expected = interpolate(image.float().mean(dim=0)[None, None], size=(16, 16), mode="area")[0, 0]
+    np.testing.assert_allclose(compute_print(tmp_path / "file", image).gray, expected, rtol=1e-3)
+
+
+def test_large_images_are_decoded_by_fewer_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, threads = write_dataset(tmp_path, "coco"), []
+
+    class Recorder(ThreadPoolExecutor):
+        def __init__(self, max_workers: int) -> None:
+            threads.append(max_workers)
+            super().__init__(max_workers)
+
+    monkeypatch.setattr(validation, "ThreadPoolExecutor", Recorder)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    for pixels in (validation._DECODED, 3 * WIDTH * HEIGHT, 1):
+        monkeypatch.setattr(validation, "_DECODED", pixels)
+        fusedet.check_dataset(data={"path": root, "val": "train"})
+    assert threads == [12, 3, 1]
 
 
 def test_frames_of_a_fixed_camera_are_compared_at_once() -> None:

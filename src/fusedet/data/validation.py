@@ -34,6 +34,7 @@ from fusedet.data.transforms import keep_ratio_size
 from fusedet.errors import InputError
 
 _SMALL, _MEDIUM = 32**2, 96**2  # COCO's limits of the area, in pixels
+_DECODED = 2**27  # pixels that are decoded at a time to be measured, which takes about 10 bytes of each
 _SAMPLE = 8  # images whose values are measured before a training
 _FAR = 0.1  # of a side: a box that leaves its image by more is no careless annotation
 _MIN_NETWORK_SIDE = 4  # pixels: a shorter side is hardly visible to the network
@@ -183,7 +184,8 @@ def require_usable_images(
     Raises:
         InputError: There are more bad images than allowed; the sentence names the first.
     """
-    sample = [_inspect_image(train, i, with_print=False).values for i in range(min(len(train), _SAMPLE))]
+    measured = [i for i, pixels in enumerate(train.sizes.prod(dim=1).tolist()) if pixels <= _DECODED][:_SAMPLE]
+    sample = [_inspect_image(train, i, with_print=False).values for i in measured]
     for finding in describe_values(train, sample):
         warn(f"warning: of the first {len(sample)} training images: {finding.message}")
     for dataset in (train, val):
@@ -249,7 +251,9 @@ def _find_smallest(dataset: DetectionDataset, size: tuple[int, int], tile: int |
 def _inspect_images(dataset: DetectionDataset, progress: Progress | None) -> list[_Inspection]:
     """Decode all images, in threads: decoding releases the interpreter lock."""
     get_image_formats()  # fills its cache once, not in every thread
-    with ThreadPoolExecutor() as pool:
+    threads = min(32, (os.cpu_count() or 1) + 4)
+    most = int(dataset.sizes.prod(dim=1).max()) if len(dataset) else 0
+    with ThreadPoolExecutor(max(1, min(threads, _DECODED // max(most, 1)))) as pool:
         results = pool.map(partial(_inspect_image, dataset), range(len(dataset)))
         return list(progress(results, len(dataset)) if progress else results)
 
