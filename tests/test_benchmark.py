@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         detector: Any = predictor.detector
 
         def note(module: Any, inputs: Any) -> None:
+            content.setdefault("shapes", []).append(tuple(inputs[0].shape))
             content["layout"] = inputs[0].is_contiguous()
             content["dtype"] = inputs[0].dtype
 
@@ -243,6 +245,15 @@ def test_engines_of_pytorch_differ_in_layout_and_type_only(task: Callable[[str],
         "bf16": (False, torch.bfloat16),
     }
     torch.testing.assert_close(boxes["eager"], boxes["channels_last"], atol=1e-3, rtol=0)
+
+
+def test_a_run_with_tiles_is_measured_and_has_no_ap(task: Callable[[str], Task], seen: dict[str, Any]) -> None:
+    tiled = ("test.tiles.size=64", "test.tiles.whole=false", "test.tiles.ios=0.5")
+    open_engine(replace(task("eager"), settings=tiled))(2)
+    assert seen["shapes"] == [(2, 3, *SIZE)], "the network is measured on the whole images, once"
+    config = fusedet.resolve_config("retinanet_tiny", ["data.size=[64,96]"])
+    assert benchmark_plan._is_as_validated(config, SIZE)
+    assert not benchmark_plan._is_as_validated(fusedet.resolve_config(config, tiled), SIZE)
 
 
 def test_a_machine_without_compiler_gives_a_row(task: Callable[[str], Task], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,6 +355,23 @@ def test_the_ap_of_an_exported_model_is_its_own_or_that_of_its_run(run: Path, tm
     (same / "val-val" / "metrics.json").write_text('{"AP": 0.25}')
     with plan_engines([same], ["onnx"]) as (rows, _):
         assert [row.ap for row in rows] == [0.25]
+
+
+def test_validations_on_other_images_are_no_ap_of_an_exported_model(tmp_path: Path) -> None:
+    def write(folder: Path, ap: float, data: str) -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / "metrics.json").write_text(json.dumps({"AP": ap, "stamp": {"data": data}}))
+        times = 1_000 + len(list(tmp_path.rglob("metrics.json")))
+        os.utime(folder / "metrics.json", (times, times))
+
+    export = write_export(tmp_path / "run" / "export")
+    write(export / "val-val", 0.25, "a")
+    write(export / "val-train", 0.9, "b")
+    assert benchmark_plan._read_exported_ap(export, "val") == 0.25, "of the run's split"
+    write(export / "val-val-2", 0.75, "other")
+    assert benchmark_plan._read_exported_ap(export, "annotations/val.json") == 0.75, "the run's data are not known"
+    write(tmp_path / "run", 0.5, "a")
+    assert benchmark_plan._read_exported_ap(export, "val") == 0.25, "of the run's data"
 
 
 def test_an_exported_model_that_is_too_small_for_the_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

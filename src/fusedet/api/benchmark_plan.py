@@ -110,7 +110,8 @@ def plan_engines(
             is_scored = not settings and _is_as_validated(config, size)
             if export is not None:
                 rows = _list_exported(source, file, export, formats, partial(task, settings=(), trust=trust))
-                candidates += [replace(row, ap=_read_exported_ap(export) if is_scored else None) for row in rows]
+                ap = _read_exported_ap(export, config.data.val_split) if is_scored else None
+                candidates += [replace(row, ap=ap) for row in rows]
                 continue
             ap = _read_ap(Path(source) / "metrics.json") if is_scored else None
             make = partial(task, path=str(file), settings=settings, trust=trust)
@@ -162,9 +163,9 @@ def _largest_input(config: Config, export: Path | None) -> Size:
 
 
 def _is_as_validated(config: Config, size: Size) -> bool:
-    """Return whether an image of that size is predicted as in validation: not resized and not augmented."""
-    seen = network_size(keep_ratio_size(*size, *config.data.size))
-    return seen == size and config.test.scales is None and not config.test.flip
+    """Return whether an image of that size is predicted as in validation: not resized, not augmented and not tiled."""
+    seen, test = network_size(keep_ratio_size(*size, *config.data.size)), config.test
+    return seen == size and test.scales is None and not test.flip and test.tiles.size is None
 
 
 def draw_scene(size: Size, path: Path) -> Path:
@@ -222,16 +223,33 @@ def _export(
     return {name: results[name] for name in formats}
 
 
-def _read_exported_ap(folder: Path) -> float | None:
-    """Return the AP of an exported model: of its last `val`, else in fp32 that of the run with the same weights."""
-    validations = sorted(folder.glob("val-*/metrics.json"), key=lambda path: path.stat().st_mtime)
+def _read_exported_ap(folder: Path, split: str) -> float | None:
+    """Return the AP of an exported model: of its last `val`, else in fp32 that of the run with the same weights.
+
+    Args:
+        folder: The directory of the export.
+        split: The run's validation split; a `val` of another split, or of other data than the run's, does not count.
+    """
+    run = folder.parent / "metrics.json"
+    own = re.compile(rf"val-{re.escape(Path(split).stem)}(-\d+)?")
+    validations = [
+        path
+        for path in folder.glob("val-*/metrics.json")
+        if own.fullmatch(path.parent.name) and (not run.is_file() or _read_data(path) == _read_data(run))
+    ]
     if validations:
-        return _read_ap(validations[-1])
+        return _read_ap(max(validations, key=lambda path: path.stat().st_mtime))
     metadata, _ = exporters.read_export(folder)
     weights = folder.parent / "best.safetensors"
     if metadata.precision != "fp32" or not weights.is_file() or hash_file(weights) != metadata.weights_sha256:
         return None
-    return _read_ap(folder.parent / "metrics.json")
+    return _read_ap(run)
+
+
+def _read_data(metrics: Path) -> str | None:
+    """Return the fingerprint of the data in a metrics.json; None without the file or without a stamp in it."""
+    stamp = (read_json(metrics) or {}).get("stamp")
+    return stamp.get("data") if isinstance(stamp, dict) else None
 
 
 def _read_ap(metrics: Path) -> float | None:

@@ -59,8 +59,9 @@ class Task:
 
 
 def resize_settings(size: tuple[int, int]) -> list[str]:
-    """Return the settings with which an image of that height and width is neither resized nor augmented."""
-    return [f"data.size=[{min(size)},{max(size)}]", "test.scales=null", "test.flip=false"]
+    """Return the settings with which an image of that height and width is neither resized, augmented nor tiled."""
+    without_tiles = ["test.tiles.size=null", "test.tiles.whole=true", "test.tiles.ios=null"]
+    return [f"data.size=[{min(size)},{max(size)}]", "test.scales=null", "test.flip=false", *without_tiles]
 
 
 def open_engine(task: Task) -> Engine:
