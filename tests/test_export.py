@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,9 @@ import exporting
 import fusedet
 from fusedet import cli, exporters
 from fusedet.api import quantize
+from fusedet.api.exported import Exported
 from fusedet.api.quantize import CalibrationData, quantize_format, read_calibration_data
+from fusedet.api.validate import open_model
 from fusedet.config import parse
 from fusedet.data.synthetic import generate_dataset
 from fusedet.engine.checkpoint import load_weights, save_weights
@@ -868,6 +871,21 @@ def test_settings_inside_the_file_are_refused(make_export: Callable[..., Path]) 
             fusedet.load(folder, *arguments)
     with pytest.raises(InputError, match="an exported model runs on the CPU"):
         fusedet.load(folder, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("text", "own"), [("data.size=[64, 64]", "[64, 96]"), ("data.antialias=false", "true"), ("data.channels=4", "3")]
+)
+def test_the_resize_rule_inside_the_file_is_kept(text: str, own: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = fusedet.resolve_config("retinanet_tiny", ["data.size=[64,96]", "data.path=own"])
+    model = Exported(SimpleNamespace(), config, ["x"], [1], Path("model.onnx"))
+    monkeypatch.setattr("fusedet.api.exported.load_exported", lambda *_: model)
+    kept = ["data.size=[64,96]", "data.path=other", "data.val=test", "data.range=[0,1000]", "test.tiles.size=128"]
+    assert open_model("export", kept, trust=False).options.data.path == "other"
+    with pytest.raises(
+        InputError, match=re.escape(f"{text} cannot be set for an exported model, whose file has {own}")
+    ):
+        open_model("export", [text], trust=False)
 
 
 def test_a_failure_of_the_exporter_is_one_sentence(

@@ -1,17 +1,20 @@
 """Exported models where a run can stand: loaded with the config, class names and category ids of their run."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from fusedet.config import Config, parse
+from fusedet.config import Config, Data, parse
 from fusedet.data.transforms import EvalTransform
 from fusedet.errors import InputError
 from fusedet.exporters import ExportedDetector, find_export, open_session, read_export
 from fusedet.exporters.runtime import choose_file
 
 SETTABLE = ("data", "test.batch", "test.tiles", "device", "out")
-"""What can be set for an exported model; thresholds and the resize rule are part of the file."""
+"""What can be set for an exported model, but not `FIXED`; thresholds and the resize rule are part of the file."""
+FIXED = ("size", "antialias", "channels")
+"""The keys of `data` that are part of the file."""
 
 
 class Exported(NamedTuple):
@@ -45,6 +48,17 @@ def load_exported(path: str | Path, trust: bool = False) -> Exported | None:
         raise InputError(f"{file} is read by torch, which may run code that it holds: add --trust if it is your own")
     detector = ExportedDetector(open_session(name, file, metadata), metadata)
     return Exported(detector, parse(metadata.config), metadata.names, metadata.category_ids, file)
+
+
+def check_preprocessing(data: Data, own: Data) -> None:
+    """Raise InputError for a resize rule or number of channels other than the exported model's own."""
+    for key in FIXED:
+        value, fixed = (json.dumps(getattr(section, key)) for section in (data, own))
+        if value != fixed:
+            raise InputError(
+                f"data.{key}={value} cannot be set for an exported model, whose file has {fixed}: leave it out, or "
+                "export the run again"
+            )
 
 
 def check_device(name: str) -> None:

@@ -168,6 +168,7 @@ def open_model(source: str | Path, texts: list[str], trust: bool) -> OpenedModel
         return OpenedModel(detector, saved, resolve_config(saved.replace(out=None), texts), names, file)
     refuse_other_keys(texts, *exported.SETTABLE, of="an exported model")
     options = resolve_config(model.config.replace(out=None), texts)
+    exported.check_preprocessing(options.data, model.config.data)
     exported.check_device(options.device)
     return OpenedModel(model.detector, model.config, options.replace(device="cpu"), model.names, model.file)
 
