@@ -96,6 +96,9 @@ def test_options_of_the_heads() -> None:
             "neck.type=FPN is not supported",
         ),
         ({"type": "RetinaHead"}, {"test_cfg": {"nms": {"type": "soft_nms", "method": "naive"}}}, "method='naive'"),
+        ({"type": "RetinaHead"}, {"test_cfg": {"nms": {"class_agnostic": True}}}, "nms.class_agnostic=True"),
+        ({"type": "RetinaHead"}, {"test_cfg": {"min_bbox_size": 32}}, "test_cfg.min_bbox_size=32"),
+        ({"type": "FCOSHead", "bbox_coder": {"clip_border": False}}, {}, "clip_border=False"),
     ],
 )
 def test_what_has_no_counterpart_is_refused(head: dict[str, Any], parts: dict[str, Any], message: str) -> None:
@@ -110,6 +113,19 @@ def test_necks() -> None:
     assert tree["pyramid"] == {"channels": 64, "finest": 3, "coarsest": 7}
     tree = convert_config(detector({"type": "RetinaHead"}, neck=[NECK, {"type": "DyHead", "num_blocks": 2}]), {}).tree
     assert tree["model"]["neck"][1] == {"type": "dyhead", "blocks": 2}
+
+
+def test_what_is_not_read_of_a_test_cfg_is_noted() -> None:
+    test = {"nms_pre": 1000, "min_bbox_size": 0, "score_thr": 0.1, "max_per_img": 50, "nms": {"iou_threshold": 0.6}}
+    head = {"type": "RetinaHead"}
+    known = convert_config(detector(head, test_cfg=test), {}).notes
+    more = test | {"voting": True, "nms": test["nms"] | {"max_num": 9}}
+    notes = convert_config(detector(head, test_cfg=more), {}).notes
+    assert [note for note in notes if note not in known] == [
+        "not converted of model.test_cfg.nms: max_num",
+        "not converted of model.test_cfg: voting",
+    ]
+    assert not any("test_cfg" in note for note in known)
 
 
 def test_soft_nms_of_a_config() -> None:

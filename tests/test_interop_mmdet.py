@@ -303,9 +303,16 @@ AUGMENTED = {"type": "MultiScaleFlipAug", "img_scale": (1000, 600)}
     [
         ({}, None, False, []),
         (make_resize(keep_ratio=True), [800, 1333], False, []),
-        (make_resize(backend="pillow"), [800, 1333], True, []),
-        (make_resize(interpolation="area"), [800, 1333], False, ["images were resized by 'area', here bilinear"]),
+        (make_resize(keep_ratio=True, backend="pillow"), [800, 1333], True, []),
+        (
+            make_resize(keep_ratio=True, interpolation="area"),
+            [800, 1333],
+            False,
+            ["images were resized by 'area', here bilinear"],
+        ),
         (make_resize(keep_ratio=False), [800, 1333], False, ["images were stretched to 1333 x 800"]),
+        (make_resize(), [800, 1333], False, ["images were stretched to 1333 x 800"]),
+        ({"test_pipeline": [{"type": "Resize", "img_scale": (1333, 800)}]}, [800, 1333], False, []),
         (
             {"test_pipeline": [AUGMENTED | {"transforms": [{"type": "Resize", "backend": "pillow"}]}]},
             [600, 1000],

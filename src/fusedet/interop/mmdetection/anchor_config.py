@@ -58,11 +58,13 @@ def read_box_stds(reader: ConfigReader, stds: list[float] | None) -> list[float]
     """Return the standard deviations of a head's box deltas, which must be `stds` if given.
 
     Raises:
-        InputError: The box coder is another one, its means are not 0, or its standard deviations are not `stds`.
+        InputError: The box coder is another one or does not clip, its means are not 0, or its standard deviations are
+            not `stds`.
     """
     if coder := reader.get_section("bbox_coder"):
         coder.require_type("DeltaXYWHBBoxCoder", "LegacyDeltaXYWHBBoxCoder")
         coder.require_value("add_ctr_clamp", False)
+        coder.require_value("clip_border", True)
     source = coder or reader
     means = source.get_floats("target_means", [0.0] * 4)
     values = source.get_floats("target_stds", stds or BOX_STDS)

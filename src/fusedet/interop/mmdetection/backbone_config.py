@@ -212,7 +212,8 @@ def read_resizing(config: Mapping[str, Any], notes: list[str]) -> Tree:
         if isinstance(scale, (list, tuple)) and len(scale) == 2 and all(isinstance(v, int) for v in scale):
             # In a MultiScaleFlipAug, which has the scale, the Resize is nested.
             inner = _find_step(step.get("transforms"), "Resize") or step
-            if inner.get("keep_ratio", True) is False:
+            # the default of 3.x, which has the key `scale`; that of 2.x is True
+            if not inner.get("keep_ratio", "scale" not in step):
                 notes.append(f"images were stretched to {scale[0]} x {scale[1]}, here their aspect ratio is kept")
             if (kind := inner.get("interpolation", "bilinear")) != "bilinear":
                 notes.append(f"images were resized by '{kind}', here bilinear")

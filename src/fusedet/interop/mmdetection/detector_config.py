@@ -20,6 +20,7 @@ from fusedet.interop.mmdetection.head_config import (
     convert_rpn_head,
     read_nms_threshold,
     read_soft_nms,
+    require_no_least_side,
 )
 from fusedet.interop.mmdetection.roi_config import convert_roi_head
 
@@ -100,13 +101,16 @@ def convert_config(config: Mapping[str, Any], keys: Mapping[str, Any], legacy: b
     else:
         necks, pyramid = convert_necks(model.get_sections("neck"), outputs is not None and list(outputs) == [3])
     train, test = model.get_section("train_cfg"), model.get_section("test_cfg")
+    tests = [test]
     tree: Tree = {"model": {"backbone": backbone, "pyramid": pyramid, "neck": necks}}
     if plugin := convert_plugins(model.get_section("backbone")):
         tree["model"]["plugin"] = plugin
     if kind in _DENSE:
+        require_no_least_side(test)
         tree["model"]["head"] = convert_dense_head(model.get_section("bbox_head"), train, pyramid, keys)
     else:
         proposals = test.get_section("rpn")
+        tests.append(proposals)
         tree["model"]["head"] = convert_rpn_head(model.get_section("rpn_head"), train, proposals, pyramid)
         tree["train"] = {"lr": 0.02}
         if kind == "RPN":
@@ -115,6 +119,9 @@ def convert_config(config: Mapping[str, Any], keys: Mapping[str, Any], legacy: b
         else:
             tree["model"]["roi"] = convert_roi_head(model.get_section("roi_head"), train.get_sections("rcnn"), legacy)
             test = test.get_section("rcnn")
+            tests.append(test)
+            if model.get_section("roi_head").get("mask_head"):
+                test.require_value("mask_thr_binary", 0.5)
             test.values.setdefault("nms_pre", proposals.values.get("nms_pre"))
     normalization = read_normalization({**config, "model": values}, notes)
     if normalization is None:
@@ -129,6 +136,9 @@ def convert_config(config: Mapping[str, Any], keys: Mapping[str, Any], legacy: b
         "pre_nms": _read_count(test, "nms_pre", default=1000),
         **read_soft_nms(test),
     }
+    for reader in tests:
+        # limits have several names; the number of candidates of the RPN is read with the settings of the detections
+        reader.note_unread("max_per_img", "max_num", "nms_post", "nms_pre", "mask_thr_binary", "keep_all_stages")
     model.note_unread("data_preprocessor", "rpn_head", "roi_head", "bbox_head")
     tree["data"] = read_resizing(config, notes)
     return DetectorConfig(tree, normalization is not None and normalization[2], notes)

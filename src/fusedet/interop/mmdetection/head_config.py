@@ -93,6 +93,7 @@ def convert_dense_head(reader: ConfigReader, train: ConfigReader, pyramid: Tree,
         )
     convert, norm = _HEADS[kind]
     options = convert(reader, train, pyramid)
+    reader.get_section("bbox_coder").require_value("clip_border", True)
     if norm != "BN":
         options["convs"] = reader.get_int("stacked_convs", 4, 0, MAX_CONVS)
         options |= _convert_width(reader, pyramid)
@@ -239,6 +240,8 @@ def convert_rpn_head(reader: ConfigReader, train: ConfigReader, test: ConfigRead
     options |= train.get_options(_RPN_TRAINING) | convert_box_loss(reader, "l1", "smooth_l1")
     limits = {"most_negatives": ("sampler.neg_pos_ub", -1.0), "allowed_border": ("allowed_border", -1.0)}
     options |= {name: value for name, value in train.get_options(limits).items() if value >= 0}
+    require_no_least_side(test)
+    test.require_value("nms_across_levels", False)
     options["nms"], options["proposals"] = read_nms_threshold(test, 0.7), _read_max_proposals(test, 1000)
     options["train_proposals"] = _read_max_proposals(proposal, options["proposals"])
     options["train_pre_nms"] = proposal.get_int("nms_pre", 2000)
@@ -247,13 +250,25 @@ def convert_rpn_head(reader: ConfigReader, train: ConfigReader, test: ConfigRead
 
 
 def read_nms_threshold(test: ConfigReader, default: float, soft: bool = False) -> float:
-    """Return the IoU threshold of a test_cfg's NMS; soft: whether the detector also takes Soft-NMS."""
+    """Return the IoU threshold of a test_cfg's NMS; soft: whether the detector also takes Soft-NMS.
+
+    Raises:
+        InputError: NMS is class-agnostic.
+    """
     inner = test.get_section("nms")
+    inner.require_value("class_agnostic", False)
+    inner.note_unread("iou_threshold", "iou_thr", "method", "sigma", "min_score", "split_thr")
     kind = str(inner.get("type", "nms"))
     if kind != "nms" and not (soft and kind == "soft_nms"):
         test.notes.append(f"{test.path}.nms is {kind}, here hard NMS with the same IoU threshold: detections differ")
     default = 0.3 if kind == "soft_nms" and soft else test.get_float("nms_thr", default)  # of mmcv's soft_nms
     return inner.get_float(inner.find_key("iou_threshold", "iou_thr"), default)
+
+
+def require_no_least_side(test: ConfigReader) -> None:
+    """Raise InputError if a test_cfg removes boxes of small sides; those without area are always removed."""
+    if (side := test.get_float("min_bbox_size", 0)) > 0:
+        raise InputError(f"MMDetection's {test.path}.min_bbox_size={side:g} is not supported: it must be 0")
 
 
 def read_soft_nms(test: ConfigReader) -> Tree:
