@@ -784,6 +784,27 @@ def test_a_file_is_no_output_directory(trained: Path, tmp_path: Path) -> None:
     assert file.read_text() == "keep me"
 
 
+@pytest.mark.parametrize("out", [".", "../link", "../empty", "../new/a"])
+def test_an_empty_directory_is_filled(
+    out: str, small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The current directory and a link cannot be replaced."""
+
+    def write(*arguments: Any) -> dict[str, Any]:
+        for name in ("model.json", "model.pt2"):
+            (arguments[5] / name).write_text("written")
+        return {}
+
+    monkeypatch.setattr("fusedet.api.export.write_files", write)
+    monkeypatch.setattr(exporters, "trace", lambda *_: (None, ("boxes", "scores", "labels", "counts"), 32))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    monkeypatch.chdir(tmp_path / "empty")
+    assert fusedet.export(small_run, formats="torch", out=out).out == Path(out)
+    assert sorted(path.name for path in Path(out).iterdir()) == ["model.json", "model.pt2"]
+    assert (tmp_path / "link").is_symlink()
+
+
 def test_a_missing_compiler_is_named(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)

@@ -22,7 +22,7 @@ from fusedet.api.settings import Settings, refuse_other_keys, resolve_config, to
 from fusedet.config import Config
 from fusedet.errors import InputError, StorageError, require_choice
 from fusedet.exporters.formats import package_versions
-from fusedet.exporters.metadata import License, Metadata, Resize, Thresholds
+from fusedet.exporters.metadata import DESCRIPTION, License, Metadata, Resize, Thresholds
 from fusedet.exporters.quantization import PACKAGES
 from fusedet.file_hash import hash_file
 from fusedet.interop.published_weights import find_published_weights, is_published_name
@@ -111,19 +111,24 @@ def export(
     if calibrate:
         names_of_model, file = model.names, str(model.file or source)
         data = read_calibration_data(model.config, names_of_model, file, calibration_images, max_drop, progress)
+    # a directory that exists may be a link, the current one or a mounted volume, none of which can be replaced
+    exists = target.is_dir()
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+        parent = target if exists else target.parent
+        parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=parent))
     except OSError as error:
         raise InputError(f"out={target} cannot be created: {error.strerror}") from error
     try:
         traced = trace_detector(model.detector, shapes, raw)
         metadata = _describe(model, traced, Path(source).name, shapes, names, precision, opset, raw)
         report = write_files(model.detector, traced, shapes, metadata, names, scratch, data)
-        if target.is_dir():
-            target.rmdir()  # it is empty
-        scratch.chmod(0o755)
-        scratch.replace(target)
+        if exists:
+            for path in sorted(scratch.iterdir(), key=lambda path: path.name == DESCRIPTION):  # the description last
+                path.replace(target / path.name)
+        else:
+            scratch.chmod(0o755)
+            scratch.replace(target)
     except OSError as error:
         raise StorageError(f"out={target} cannot be written: {error.strerror or error}") from error
     finally:
