@@ -20,6 +20,7 @@ from fusedet.data.transforms import EvalTransform
 from fusedet.models.roi.mask import crop_masks
 from fusedet.types import BatchDetections, Detections
 from shared_fixtures import SMALL
+from tiny import coco_dict, write_coco
 
 pytestmark = pytest.mark.usefixtures("unrendered")
 
@@ -65,6 +66,31 @@ def test_scoring_prints_masks_too(run: Path, capsys: pytest.CaptureFixture[str])
     text = capsys.readouterr().out
     assert "mask AP" in text
     assert "val.segm.json" in text
+
+
+def test_results_with_masks_only_are_scored(tmp_path: Path) -> None:
+    content = coco_dict()
+    rectangle = {"bbox": [1, 2, 3, 4], "segmentation": [[1, 2, 4, 2, 4, 6, 1, 6]]}
+    content["annotations"] = [content["annotations"][1], content["annotations"][0] | rectangle]
+    root = write_coco(tmp_path / "data", content, "val")
+    mask = np.zeros((30, 40), dtype=np.uint8)
+    mask[6:18, 5:15] = 1
+    compressed = coco_mask.encode(np.asfortranarray(mask))
+    if isinstance(compressed["counts"], bytes):
+        compressed["counts"] = compressed["counts"].decode()
+    masks = [compressed, {"size": [10, 20], "counts": [12, 4, 6, 4, 6, 4, 164]}]
+    results = [
+        {"image_id": image, "category_id": category, "score": 0.9, "segmentation": segmentation}
+        for image, category, segmentation in zip((7, 3), (2, 9), masks)
+    ]
+    (tmp_path / "val.segm.json").write_text(json.dumps(results))
+    said: list[str] = []
+    scored = fusedet.validate(tmp_path / "val.segm.json", data=root, out=tmp_path / "out", say=said.append)
+    assert scored.metrics["AP"] == pytest.approx(1)
+    assert 0 < scored.metrics["mask_AP"] < 1, "the first mask is its box, the object is a triangle"
+    boxes = [row["bbox"] for row in json.loads((tmp_path / "out" / "val.bbox.json").read_text())]
+    assert boxes == [[5, 6, 10, 12], [1, 2, 3, 4]]
+    assert any("holds masks only" in text for text in said)
 
 
 def test_predictions_hold_masks(run: Path, scenes: Path, tmp_path: Path) -> None:

@@ -96,6 +96,9 @@ def validate(
             say(f"warning: {crowded.message}")
     if is_results:
         stored = evaluation.load_results(path, dataset)
+        boxed = evaluation.add_mask_boxes(stored) if len(dataset.labels) else stored
+        if boxed is not stored and not get_ranks()[0]:
+            say(f"{source} holds masks only: the metrics of boxes are those of the masks' bounding boxes")
     else:
         require_class_names(dataset, names, str(file))
     with ExitStack() as stack:
@@ -104,7 +107,7 @@ def validate(
             target = stack.enter_context(run_dir.reserve_run_dir(free))
         if is_results:
             bins, max_det = options.test.size_bins or (), options.test.max_det
-            evaluated = evaluate_results(dataset, stored, voc=voc, evaluator=evaluator, size_bins=bins, max_det=max_det)
+            evaluated = evaluate_results(dataset, boxed, voc=voc, evaluator=evaluator, size_bins=bins, max_det=max_det)
         else:
             with join_processes(options.device) as (rank, world, device):
                 ready = prepare_detector(detector.to(device), options, names=names)
@@ -121,7 +124,9 @@ def validate(
                 )
         if get_ranks()[0]:
             return RunResult(path, {}, {})
-        rows = coco_submission.format_results(dataset, evaluated.results) if submission else {}
+        rows = (
+            coco_submission.format_results(dataset, stored if is_results else evaluated.results) if submission else {}
+        )
         files = {}
         name = f"{path.name} on {scored}"
         if len(dataset.labels):

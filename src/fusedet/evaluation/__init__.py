@@ -6,6 +6,7 @@ from fusedet.evaluation.confidence_intervals import compute_seed_difference, com
 from fusedet.evaluation.confusion import compute_confusion_matrix, find_differing_images, find_worst_images
 from fusedet.evaluation.error_analysis import analyze_errors
 from fusedet.evaluation.ground_truth import build_coco_ground_truth
+from fusedet.evaluation.mask_iou import add_mask_boxes
 from fusedet.evaluation.results import (
     EVALUATORS,
     build_detection_table,
@@ -19,6 +20,7 @@ from fusedet.evaluation.voc_metrics import evaluate_voc
 __all__ = [
     "COCO_METRICS",
     "EVALUATORS",
+    "add_mask_boxes",
     "analyze_errors",
     "build_coco_ground_truth",
     "build_detection_table",

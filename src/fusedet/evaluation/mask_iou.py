@@ -45,6 +45,14 @@ def compute_mask_area(segmentation: dict[str, Any]) -> float:
     return float(rle.area(encode_rle(segmentation, *segmentation["size"])))
 
 
+def add_mask_boxes(results: list[Result]) -> list[Result]:
+    """Return results that hold masks only with the bounding box of each mask as `bbox`, any others as they are."""
+    if not results or any("bbox" in r or not isinstance(r.get("segmentation"), dict) for r in results):
+        return results
+    boxes = rle.toBbox([encode_rle(r["segmentation"], *r["segmentation"]["size"]) for r in results])
+    return [r | {"bbox": box} for r, box in zip(results, np.reshape(boxes, (-1, 4)).tolist(), strict=True)]
+
+
 def find_mask_pairs(
     det_group: np.ndarray, det: list[Any], ground_truths: coco_matching.GroundTruths, masks: list[Any]
 ) -> coco_matching.OverlapPairs:
