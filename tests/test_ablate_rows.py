@@ -342,7 +342,7 @@ def test_dry_run_of_a_row_with_the_weights_of_another_row(
     )
     rows, _ = ablation.preview_plan(plan, say=lambda text: None)
     assert [row["left"] for row in rows] == [3, 3]
-    assert rows[0]["seconds"] > rows[1]["seconds"] > 0
+    assert min(row["seconds"] for row in rows) > 0
     rows, _ = ablation.preview_plan(replace(plan, data={}), say=lambda text: None)
     assert [row["left"] for row in rows] == [3, 3]
 
