@@ -87,8 +87,7 @@ def benchmark(
     """Measure latency, throughput, memory, file size and start time of a model in every engine that is installed.
 
     Each engine has a process of its own. The engines take turns, after a warm-up, so that a slow moment of the machine
-    affects all of them. All of them are in memory at once. Test-time augmentation and tiles are
-    left out.
+    affects all of them. All of them are in memory at once. Test-time augmentation and tiles are left out.
 
     >>> fusedet.benchmark(["runs/a", "runs/a/export"], size=(800, 1216)).fastest[1]["engine"]  # doctest: +SKIP
     'openvino'
