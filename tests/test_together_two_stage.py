@@ -12,6 +12,7 @@ from fusedet.errors import InputError
 from fusedet.models.detectors import OneStage, TwoStage
 from fusedet.models.heads import RPNHead
 from fusedet.models.modules import MSFM, MSIL
+from fusedet.models.ops.pyramid_resize import NonLocal
 from fusedet.models.roi import GridBranch
 from fusedet.types import Levels
 from small import DOUBLE_HEAD, TWO_STAGE, livelier, make, target, total, without_gradient
@@ -45,10 +46,11 @@ def check_contracts(detector: OneStage | TwoStage, strides: tuple[int, ...]) -> 
     livelier(detector)
     total(detector, batch(SOME, EMPTY)).backward()
     assert not without_gradient(detector)
-    # SMSL starts with a convolution at zero, so that layers before it have no gradient; a CAM of two hidden units may
-    # have none above zero
+    # the non-local blocks of SMSL and BFP start with a convolution at zero, so that layers before it have no gradient; a
+    # CAM of two hidden units may have none above zero
+    blocks = tuple(f"{name}." for name, module in detector.named_modules() if isinstance(module, NonLocal))
     unmoved = [k for k, p in detector.named_parameters() if not p.grad.any()]
-    assert all((".non_local." in k and ".out." not in k) or ".cam.mlp." in k for k in unmoved), unmoved
+    assert all((k.startswith(blocks) and ".out." not in k) or ".cam.mlp." in k for k in unmoved), unmoved
     for targets in ((target([[5, 3, 30, 20]], size=ODD), EMPTY), (EMPTY,)):
         detector.zero_grad()
         total(detector, batch(*targets, size=ODD)).backward()
