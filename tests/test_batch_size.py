@@ -88,6 +88,8 @@ def test_memory_of_control_groups(tmp_path, own, folder, names):
     (group / names[1]).write_text(f"{14 * 1024}\n")
     (group / "memory.stat").write_text(f"anon 5\n{names[2]} {9 * 1024}\n")
     assert batch_size.read_available_memory(tmp_path) == 11 * 1024
+    (group / "memory.stat").write_text("anon 5\n")
+    assert batch_size.read_available_memory(tmp_path) == 2 * 1024, "the kernel does not tell what is cached"
     (group / names[0]).write_text("max\n")
     assert batch_size.read_available_memory(tmp_path) == 200 * 1024
 

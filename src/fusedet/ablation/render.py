@@ -38,7 +38,8 @@ class Sheet(NamedTuple):
 
 def make_sheets(summary: Summary) -> list[Sheet]:
     """Make the tables of a summary: the metric with its differences, object sizes, all metrics, noise, cost."""
-    sizes = [make_size_sheet(summary)] if summary["size_bins"] or any(map(_has_difference, summary["rows"])) else []
+    has_differences = any(row.get("difference") for row in summary["rows"])
+    sizes = [make_size_sheet(summary)] if summary["size_bins"] or has_differences else []
     noise = [make_noise_sheet(summary)] if any(row.get("noise") for row in summary["rows"]) else []
     sheets = [make_difference_sheet(summary), *sizes, make_metric_sheet(summary), *noise, make_cost_sheet(summary)]
     return [drop_empty_paper_columns(sheet) for sheet in sheets]
@@ -275,10 +276,6 @@ def _format_difference(change: Summary) -> list[str]:
     """Format a measured difference and its intervals over images and over seeds."""
     intervals = (format_interval(change[f"over_{what}"], 2, signed=True) or "none" for what in ("images", "seeds"))
     return [format_difference(change["value"], 2), *intervals]
-
-
-def _has_difference(row: Summary) -> bool:
-    return bool(row.get("difference"))
 
 
 def _format_line(cells: Sequence[str]) -> str:

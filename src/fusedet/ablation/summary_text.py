@@ -96,8 +96,8 @@ def conclude_sizes(row: Summary, names: Sequence[str]) -> str:
         row: Row of a summary.
         names: Metrics by object size, as `list_sizes` returns them.
     """
-    changes = {name: change for name in names if (change := (row["difference"] or {}).get(name)) is not None}
-    known = {name: change for name, change in changes.items() if change["value"] is not None}
+    changes = {name: (row["difference"] or {}).get(name) for name in names}
+    known = {name: change for name, change in changes.items() if change and change["value"] is not None}
     is_clear = {
         name: all(_excludes_0(own[f"over_{what}"]) for what in ("images", "seeds")) for name, own in known.items()
     }

@@ -220,13 +220,13 @@ def _predict(
     """
     readable = [(pixels, image.path) for image, pixels in batch if not isinstance(pixels, InputError)]
     has_large = any(isinstance(pixels, LargeImage) for pixels, _ in readable)
-    predictions = predictor.predict_batch([] if has_large else readable, size)
+    predictions = None if has_large else predictor.predict_batch(readable, size)
     for image, pixels in batch:
         if isinstance(pixels, InputError):
             yield image, pixels
             continue
         try:
-            own = next(predictor.predict_batch([(pixels, image.path)], size) if has_large else predictions)
+            own = next(predictions or predictor.predict_batch([(pixels, image.path)], size))
         except InputError as error:
             if not isinstance(pixels, LargeImage):
                 raise

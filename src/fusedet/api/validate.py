@@ -69,6 +69,8 @@ def validate(
     """
     if evaluator not in evaluation.EVALUATORS:
         raise make_unknown_error("evaluator", evaluator, evaluation.EVALUATORS)
+    is_first = not get_ranks()[0]
+    say = say if is_first else say_nothing
     texts, path = to_overrides(overrides, settings), Path(source)
     is_results = path.suffix == ".json"
     if is_results:
@@ -84,25 +86,26 @@ def validate(
         _warn_of_other_images(path, options, dataset, say)
     run_dir.check_new_dir(options.out)
     server_split = coco_submission.server_split(dataset, options.test.max_det) if submission else None
-    if server_split and (warning := coco_submission.warn_if_incomplete(dataset, server_split)) and not get_ranks()[0]:
+    if server_split and (warning := coco_submission.warn_if_incomplete(dataset, server_split)):
         say(warning)
-    if not len(dataset.labels) and not submission:
+    has_objects = len(dataset.labels) > 0
+    if not has_objects and not submission:
         raise InputError(
             f"{dataset.source} has no objects to score by: use fusedet predict, or for COCO's server --submission"
         )
-    if len(dataset.labels):
+    if has_objects:
         require_usable_targets(dataset, for_training=False)
-        if (crowded := describe_crowded_images(dataset, options.test.max_det)) and not get_ranks()[0]:
+        if crowded := describe_crowded_images(dataset, options.test.max_det):
             say(f"warning: {crowded.message}")
     if is_results:
         stored = evaluation.load_results(path, dataset)
-        boxed = evaluation.add_mask_boxes(stored) if len(dataset.labels) else stored
-        if boxed is not stored and not get_ranks()[0]:
+        boxed = evaluation.add_mask_boxes(stored) if has_objects else stored
+        if boxed is not stored:
             say(f"{source} holds masks only: the metrics of boxes are those of the masks' bounding boxes")
     else:
         require_class_names(dataset, names, str(file))
     with ExitStack() as stack:
-        if not get_ranks()[0]:
+        if is_first:
             free = options.out or run_dir.find_free_path(run_dir.parent_of(path), f"val-{Path(scored).stem}")
             target = stack.enter_context(run_dir.reserve_run_dir(free))
         if is_results:
@@ -122,20 +125,17 @@ def validate(
                     evaluator=evaluator,
                     progress=progress,
                 )
-        if get_ranks()[0]:
+        if not is_first:
             return RunResult(path, {}, {})
-        rows = (
-            coco_submission.format_results(dataset, stored if is_results else evaluated.results) if submission else {}
-        )
-        files = {}
+        files: dict[str, Path] = {}
         name = f"{path.name} on {scored}"
-        if len(dataset.labels):
-            files = write_report(dataset, evaluated.results, evaluated.metrics, target, title=name)
+        title = f"{source if is_results else file} on {scored} of {options.data.path}"
         if server_split:
             run = path.name if path.is_dir() else path.stem
+            rows = coco_submission.format_results(dataset, stored if is_results else evaluated.results)
             files |= coco_submission.write_submission(rows, server_split, run, target)
-        title = f"{source if is_results else file} on {scored} of {options.data.path}"
-        if len(dataset.labels):
+        if has_objects:
+            files |= write_report(dataset, evaluated.results, evaluated.metrics, target, title=name)
             files |= write_run_page(
                 target,
                 dataset,
@@ -181,7 +181,7 @@ def open_model(source: str | Path, texts: list[str], trust: bool) -> OpenedModel
 def _warn_of_other_images(run: Path, options: Config, dataset: DetectionDataset, say: Callable[[str], None]) -> None:
     """Warn where a share is held out, but other images than in the training: some of them were trained on."""
     known = run_dir.read_fingerprints(run) if isinstance(options.data.val, float) else None
-    if known and known.get("val") != dataset.fingerprint() and not get_ranks()[0]:
+    if known and known.get("val") != dataset.fingerprint():
         say(
             f"warning: {options.data.path} has changed, so data.val={options.data.val} holds out other images than "
             f"in the training, which saw some of them: {run / 'split.json'} lists those of the training"

@@ -144,9 +144,10 @@ def read_available_memory(root: Path = Path("/")) -> int:
     for folder, (limit, used, cache) in _find_control_groups(root):
         try:
             statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            taken = int((folder / used).read_text()) - int(statistics[cache])  # the kernel gives cached files back
+            cached = int(statistics.get(cache, 0))  # the kernel gives cached files back
+            taken = int((folder / used).read_text()) - cached
             available = min(available, int((folder / limit).read_text()) - taken)
-        except (OSError, ValueError, KeyError):  # no such group, or "max"
+        except (OSError, ValueError):  # no such group, or "max"
             continue
     return max(0, available)
 
