@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from fusedet import config
 from fusedet.ablation import cost, estimate, launcher, summary_text
 from fusedet.ablation.plan import Run
 from fusedet.ablation.plan_sheet import make_plan_sheet
@@ -215,3 +216,12 @@ def test_dry_run_of_a_table_without_published_values() -> None:
     assert sheet.title == "Published metrics in percent; counted with 80 classes; 3 seeds per row"
     assert sheet.head[:3] == ["row", "AP", "#Param paper (M)"]
     assert [cells[1:3] for cells in sheet.rows] == [["-", "-"], ["36.4", "12.00"]]
+
+
+def test_rows_with_other_numbers_of_detections_have_a_cost_of_their_own() -> None:
+    """A mask branch runs on each of `test.max_det` detections."""
+    configs = {str(n): config.load("mask_rcnn_tiny", [f"test.max_det={n}"]) for n in (100, 10)}
+    counted = cost.count_costs(configs, 3)
+    alone = cost.count_costs({"10": configs["10"]}, 3)
+    assert counted["10"] == alone["10"]
+    assert counted["10"]["multiply_adds"] < counted["100"]["multiply_adds"]

@@ -365,6 +365,12 @@ def test_info_says_how_branches_are_counted(capsys: pytest.CaptureFixture[str], 
         assert part in text
 
 
+def test_info_counts_branches_for_as_many_detections_as_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    counts = [run_json(capsys, "info", "mask_rcnn_tiny", f"test.max_det={n}")["parts"]["branches"] for n in (100, 10)]
+    assert counts[0]["multiply_adds"] == 10 * counts[1]["multiply_adds"] > 0
+    assert counts[0]["parameters"] == counts[1]["parameters"]
+
+
 def test_info(capsys: pytest.CaptureFixture[str], trained: Path) -> None:
     result = run_json(capsys, "info", "retinanet_r50")
     assert result["trainable"] == 37_743_348

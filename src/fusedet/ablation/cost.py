@@ -41,7 +41,7 @@ def count_costs(configs: Mapping[str, Config], classes: int) -> dict[str, dict[s
     known: dict[str, dict[str, Any]] = {}
     costs = {}
     for label, options in configs.items():
-        key = repr((options.model, options.data.size, options.data.channels))
+        key = repr((options.model, options.data.size, options.data.channels, options.test.max_det))
         if key not in known:
             counts = profiling.count_cost(
                 build_meta_detector(options, classes),

@@ -25,7 +25,7 @@ from fusedet.interop.published_weights import is_published_name
 from fusedet.models import profiling
 from fusedet.models.detectors import build_meta_detector
 
-SETTABLE = ("model", "data.size", "train.schedule")
+SETTABLE = ("model", "data.size", "test.max_det", "train.schedule")
 """What can be set where a model's cost is counted."""
 
 
