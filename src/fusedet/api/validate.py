@@ -3,14 +3,20 @@
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack
 
 from rich.console import Console
 
 from fusedet import evaluation
 from fusedet.api import coco_submission, exported, run_dir
 from fusedet.api.detection import AnyDetector
-from fusedet.api.detector_evaluation import evaluate_detector, evaluate_results, require_class_names, write_report
+from fusedet.api.detector_evaluation import (
+    Evaluation,
+    evaluate_detector,
+    evaluate_results,
+    require_class_names,
+    write_report,
+)
 from fusedet.api.distributed import join_processes
 from fusedet.api.load_model import rebuild_detector, weights_file
 from fusedet.api.predictor import prepare_detector
@@ -72,18 +78,10 @@ def validate(
     is_first = not get_ranks()[0]
     say = say if is_first else say_nothing
     texts, path = to_overrides(overrides, settings), Path(source)
-    is_results = path.suffix == ".json"
-    if is_results:
-        refuse_other_keys(texts, *SETTABLE_OF_RESULTS, of="stored results")
-        options = resolve_config(None, texts)
-        if options.data.path is None:
-            raise InputError(f"{source} holds results: add data=PATH, the dataset that they were made on")
-    else:
-        detector, saved, options, names, file = open_model(source, texts, trust)
+    model = None if path.suffix == ".json" else open_model(source, texts, trust)
+    options = model.options if model else _read_options(path, texts)
     scored = split or options.data.val_split
-    dataset = read_split(options.data, scored, need_images=not is_results)
-    if not is_results and options.data == saved.data and scored == options.data.val_split and path.is_dir():
-        _warn_of_other_images(path, options, dataset, say)
+    dataset = read_split(options.data, scored, need_images=model is not None)
     run_dir.check_new_dir(options.out)
     server_split = coco_submission.server_split(dataset, options.test.max_det) if submission else None
     if server_split and (warning := coco_submission.warn_if_incomplete(dataset, server_split)):
@@ -97,42 +95,31 @@ def validate(
         require_usable_targets(dataset, for_training=False)
         if crowded := describe_crowded_images(dataset, options.test.max_det):
             say(f"warning: {crowded.message}")
-    if is_results:
-        stored = evaluation.load_results(path, dataset)
-        boxed = evaluation.add_mask_boxes(stored) if has_objects else stored
-        if boxed is not stored:
-            say(f"{source} holds masks only: the metrics of boxes are those of the masks' bounding boxes")
-    else:
-        require_class_names(dataset, names, str(file))
+    stored = [] if model else evaluation.load_results(path, dataset)
+    if model:
+        require_class_names(dataset, model.names, str(model.file))
+        if path.is_dir() and options.data == model.saved.data and scored == options.data.val_split:
+            _warn_of_other_images(path, options, dataset, say)
     with ExitStack() as stack:
         if is_first:
             free = options.out or run_dir.find_free_path(run_dir.parent_of(path), f"val-{Path(scored).stem}")
             target = stack.enter_context(run_dir.reserve_run_dir(free))
-        if is_results:
+        if model:
+            evaluated = _evaluate_model(model, dataset, voc, evaluator, progress)
+        else:
+            boxed = evaluation.add_mask_boxes(stored) if has_objects else stored
+            if boxed is not stored:
+                say(f"{source} holds masks only: the metrics of boxes are those of the masks' bounding boxes")
             bins, max_det = options.test.size_bins or (), options.test.max_det
             evaluated = evaluate_results(dataset, boxed, voc=voc, evaluator=evaluator, size_bins=bins, max_det=max_det)
-        else:
-            with join_processes(options.device) as (rank, world, device):
-                ready = prepare_detector(detector.to(device), options, names=names)
-                evaluated = evaluate_detector(
-                    ready,
-                    options,
-                    dataset,
-                    device,
-                    rank=rank,
-                    world=world,
-                    voc=voc,
-                    evaluator=evaluator,
-                    progress=progress,
-                )
         if not is_first:
             return RunResult(path, {}, {})
         files: dict[str, Path] = {}
         name = f"{path.name} on {scored}"
-        title = f"{source if is_results else file} on {scored} of {options.data.path}"
+        title = f"{model.file if model else source} on {scored} of {options.data.path}"
         if server_split:
             run = path.name if path.is_dir() else path.stem
-            rows = coco_submission.format_results(dataset, stored if is_results else evaluated.results)
+            rows = coco_submission.format_results(dataset, stored or evaluated.results)
             files |= coco_submission.write_submission(rows, server_split, run, target)
         if has_objects:
             files |= write_report(dataset, evaluated.results, evaluated.metrics, target, title=name)
@@ -148,6 +135,15 @@ def validate(
                 run=path if path.is_dir() else None,
             )
     return RunResult(target, evaluated.metrics, files, title)
+
+
+def _read_options(results: Path, texts: list[str]) -> Config:
+    """Return the config of the overrides for stored results, which have none of their own."""
+    refuse_other_keys(texts, *SETTABLE_OF_RESULTS, of="stored results")
+    options = resolve_config(None, texts)
+    if options.data.path is None:
+        raise InputError(f"{results} holds results: add data=PATH, the dataset that they were made on")
+    return options
 
 
 class OpenedModel(NamedTuple):
@@ -176,6 +172,16 @@ def open_model(source: str | Path, texts: list[str], trust: bool) -> OpenedModel
     exported.check_preprocessing(options.data, model.config.data)
     exported.check_device(options.device)
     return OpenedModel(model.detector, model.config, options.replace(device="cpu"), model.names, model.file)
+
+
+def _evaluate_model(
+    model: OpenedModel, dataset: DetectionDataset, voc: bool, evaluator: str, progress: Console | None
+) -> Evaluation:
+    """Detect the objects of a split, in all processes, and compute the metrics."""
+    with join_processes(model.options.device) as (rank, world, device):
+        ready = prepare_detector(model.detector.to(device), model.options, names=model.names)
+        options: dict[str, Any] = {"rank": rank, "world": world, "voc": voc, "evaluator": evaluator}
+        return evaluate_detector(ready, model.options, dataset, device, progress=progress, **options)
 
 
 def _warn_of_other_images(run: Path, options: Config, dataset: DetectionDataset, say: Callable[[str], None]) -> None:
