@@ -135,8 +135,9 @@ def _count_epoch(options: Config, train: DetectionDataset) -> int:
 
 
 def _count_validations(options: Config) -> int:
-    """Count the validations of a training; the last one scores the best weights."""
-    return -(-options.train.epochs // options.train.validate_every) + 1
+    """Count the validations of a training; of several, the best may not be the last one and is then repeated."""
+    count = -(-options.train.epochs // options.train.validate_every)
+    return count + (count > 1)
 
 
 def _measure_seconds(plan: Plan, label: str, data: Split, device: torch.device, count: int) -> tuple[float, float]:

@@ -9,17 +9,16 @@ from typing import Any, Unpack
 
 from lightning_fabric import Fabric
 
-from fusedet import evaluation, visualization
+from fusedet import visualization
 from fusedet.api.choose_batch import choose_batch
 from fusedet.api.detector_evaluation import (
     Evaluation,
-    build_val_loader,
-    compute_mask_metrics,
-    detect,
     evaluate_detector,
+    evaluate_results,
     write_report,
 )
 from fusedet.api.distributed import process_group, run_on_first
+from fusedet.api.epoch_validation import EpochValidation
 from fusedet.api.load_model import build_with_weights, weights_file
 from fusedet.api.progress import say_nothing
 from fusedet.api.results import RunResult
@@ -52,10 +51,8 @@ from fusedet.data.validation import require_usable_images
 from fusedet.engine import logging, optim, rng, trainer
 from fusedet.engine.determinism import enable_determinism
 from fusedet.engine.train_state import TABLES, TrainingRun
-from fusedet.engine.validation_loss import ValidationLoss
 from fusedet.errors import DivergenceError, InputError, format_count
 from fusedet.interop.published_weights import find_published_weights, is_published_name
-from fusedet.models.detectors import DetectorModule
 from fusedet.process_ranks import get_ranks
 
 
@@ -197,7 +194,7 @@ def _fit(
     if not resume:
         run_on_first(fabric, lambda: create_run_dir(out))
         say(f"results: {out}")
-    validate = _make_validation(fabric, config, val, masks)
+    validate = EpochValidation(fabric, config, val, masks)
     with _errors_reported(fabric, out, is_begun):
         if fabric.is_global_zero and not is_begun:  # the first file, so that --resume knows a run that is killed here
             write_atomically(out / "config.yaml", config.to_yaml().encode())
@@ -228,6 +225,11 @@ def _fit(
         bad_image_log.begin(done["epoch"], 0)  # else the earlier epochs would be unknown where none was left to train
         record_replaced_images(bad_image_log, out, say)
     fabric.barrier()
+    if validate.results is not None and not run.state["stale"]:  # the last weights are the best, and evaluated
+        if not fabric.is_global_zero:
+            return val, Evaluation(validate.results, {})
+        bins, max_det = config.test.size_bins or (), config.test.max_det
+        return val, evaluate_results(val, validate.results, masks=masks, size_bins=bins, max_det=max_det)
     best = build_with_weights(config, len(val.names), weights_file(out)).to(fabric.device).eval()
     return val, evaluate_detector(best, config, val, fabric.device, rank=fabric.global_rank, world=fabric.world_size)
 
@@ -244,31 +246,6 @@ def _say_what_differs(
         say(f"train.balance={settings.balance:g}: an epoch has {epoch}, those of rare classes several times")
     if lr != settings.lr:
         say(f"learning rate {settings.lr:g} is for a batch of {settings.base_batch}: {lr:g} for {settings.total_batch}")
-
-
-def _make_validation(fabric: Fabric, config: Config, val: DetectionDataset, masks: bool) -> trainer.Validate:
-    """Return the function that computes the metrics of a validation, with the losses if the config asks for them."""
-    has_loss = config.train.validation_loss
-    loader = build_val_loader(
-        config,
-        val,
-        fabric.global_rank,
-        fabric.world_size,
-        masks=masks and has_loss,
-        pin=fabric.device.type == "cuda",
-    )
-
-    def validate(detector: DetectorModule, epoch: int) -> dict[str, float]:
-        losses = ValidationLoss(detector, fabric.device)
-        batches = losses.watch(loader) if has_loss else loader
-        results = detect(detector, batches, val, fabric.device, config.test.tiles.ios)
-        metrics = evaluation.evaluate_coco(val, results, per_class=False, max_det=config.test.max_det)
-        if masks:
-            metrics |= compute_mask_metrics(val, results, max_det=config.test.max_det)
-        metrics |= losses.means() if has_loss else {}
-        return {name: value for name, value in metrics.items() if name != "mask_classes"}
-
-    return validate
 
 
 def _describe_model(config: Config, data: DetectionDataset) -> dict[str, Any]:
