@@ -15,11 +15,23 @@ from test_ablate_rows import finish_runs, make_plan, make_results
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sizes", "seed_noise"])
-def test_preview_counts_with_the_classes_of_the_synthetic_data(name):
+def test_preview_counts_with_one_class_of_all_shapes(name):
     preview = fusedet.preview_ablation(name, say=lambda text: None)
-    assert preview.classes == len(SHAPES)
+    assert preview.classes == 1
     assert (preview.seconds, preview.basis) == (0, "")
     assert all(row["left"] == 3 for row in preview.rows)
+
+
+def test_preview_counts_the_classes_that_the_rows_keep(tmp_path):
+    """Those of the synthetic data, which is not generated."""
+    (tmp_path / "mine.yaml").write_text(MINE)
+    for texts, count in (
+        ([], len(SHAPES)),
+        (["data.rename={circle: round, ring: round}"], len(SHAPES) - 1),
+        (["data.classes=[star]"], 1),
+    ):
+        preview = fusedet.preview_ablation(tmp_path / "mine.yaml", *texts, say=lambda text: None)
+        assert preview.classes == count
 
 
 def test_sizes_has_eight_bins_and_thousands_of_images():
@@ -27,7 +39,7 @@ def test_sizes_has_eight_bins_and_thousands_of_images():
     bins = {row.config(table).test.size_bins for row in table.rows}
     assert bins == {(4, 7, 11, 19, 32, 54, 90, 152, 256)}
     shares = table.synthetic["splits"]
-    assert table.synthetic["images"] * shares["val"] / sum(shares.values()) == 3000
+    assert table.synthetic["images"] * shares["val"] / sum(shares.values()) == 2000
 
 
 MINE = """

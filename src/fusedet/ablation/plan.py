@@ -15,7 +15,7 @@ from fusedet.api.train_inputs import check_monitor, learns_masks, open_data
 from fusedet.config import Config
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.shape_drawing import name_classes
-from fusedet.data.splits import NO_DATA, read_key
+from fusedet.data.splits import NO_DATA, read_key, select_names
 from fusedet.errors import InputError, make_unknown_error, prefix_errors
 from fusedet.models.detectors import build_meta_detector
 
@@ -117,7 +117,7 @@ class Plan:
     @property
     def classes(self) -> int:
         """Number of classes of the data, or without data of the table's synthetic dataset or of COCO."""
-        return len(self.val.names) if self.data else default_classes(self.table)
+        return len(self.val.names) if self.data else _count_classes(self.table, self.configs)
 
     @property
     def val(self) -> DetectionDataset:
@@ -220,7 +220,7 @@ def make_plan(
         data = _read_splits(table, resolved, say)
     elif need_data:
         raise InputError(NO_DATA)
-    classes = len(next(iter(data.values()))[1].names) if data else default_classes(table)
+    classes = len(next(iter(data.values()))[1].names) if data else _count_classes(table, resolved)
     configs = table.configs(*overrides, num_classes=classes)
     for label, options in configs.items():
         with prefix_errors(f"{table.source}, row '{label}'"):
@@ -244,9 +244,12 @@ def make_plan(
     return Plan(table, tuple(overrides), configs, runs_of, weights_of, selected, seeds, Path(out), data)
 
 
-def default_classes(table: Table) -> int:
-    """Return the number of classes without data: that of the table's synthetic dataset, or COCO's."""
-    return 80 if table.synthetic is None else len(name_classes(table.synthetic.get("frequencies")))
+def _count_classes(table: Table, configs: Mapping[str, Config]) -> int:
+    """Return the number of classes without data: those that the rows select of the synthetic dataset, or of COCO."""
+    data = next(iter(configs.values())).data
+    if table.synthetic is None:
+        return len(data.classes) or 80
+    return len(select_names(name_classes(table.synthetic.get("frequencies")), data.classes, data.rename or {}))
 
 
 def _read_splits(table: Table, configs: Mapping[str, Config], say: Callable[[str], None]) -> dict[str, Split]:

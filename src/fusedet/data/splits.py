@@ -176,7 +176,7 @@ def select_classes(dataset: DetectionDataset, classes: Sequence[str], rename: Ma
     if not classes and not rename:
         return dataset
     renamed = [rename.get(name, name) for name in dataset.names]
-    kept = list(classes) or list(dict.fromkeys(renamed))
+    kept = select_names(dataset.names, classes, rename)
     new_label = torch.tensor([kept.index(name) if name in kept else -1 for name in renamed])
     firsts = [renamed.index(name) for name in kept]
     labels = new_label[dataset.labels]
@@ -195,6 +195,11 @@ def select_classes(dataset: DetectionDataset, classes: Sequence[str], rename: Ma
         **columns,
         **_take_problems(dataset, torch.arange(len(dataset)), new_label),
     )
+
+
+def select_names(names: Sequence[str], classes: Sequence[str], rename: Mapping[str, str]) -> list[str]:
+    """Return the names of the classes that `select_classes` keeps of a dataset with these names."""
+    return list(classes) or list(dict.fromkeys(rename.get(name, name) for name in names))
 
 
 def _take_annotations(dataset: DetectionDataset, at: torch.Tensor) -> dict[str, Any]:
