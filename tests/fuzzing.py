@@ -17,7 +17,7 @@ import torch
 from hypothesis import strategies as st
 
 from fusedet import config as configs
-from fusedet.api.detector_evaluation import compute_metrics
+from fusedet.api.detector_evaluation import evaluate_results
 from fusedet.api.worst_images import draw_worst_images
 from fusedet.data.collate import make_samples
 from fusedet.data.dataset import DetectionDataset
@@ -246,8 +246,7 @@ def score_results(text: bytes) -> bool:
         dataset = read_coco(root / "annotations" / "instances_train2017.json", root / "train2017")
         (root / "found.json").write_bytes(text)
         results = load_results(root / "found.json")
-        masks = bool(results) and all("segmentation" in result for result in results)
-        compute_metrics(dataset, results, voc=True, evaluator="fusedet", masks=masks)
+        evaluate_results(dataset, results, configs.Test(), voc=True)
         draw_worst_images(dataset, results)
         return True
     return False

@@ -68,9 +68,7 @@ def finish_runs(plan: Plan, detect: Callable[[Run], list[dict[str, Any]]], masks
         for run in row:
             run.folder.mkdir(parents=True)
             results = detect(run)
-            metrics = detector_evaluation.compute_metrics(
-                plan.val, results, voc=False, evaluator="fusedet", masks=masks
-            )
+            metrics = detector_evaluation.evaluate_results(plan.val, results, run.config.test, masks=masks).metrics
             (run.folder / "config.yaml").write_text(run.config.to_yaml())
             (run.folder / "val.bbox.json").write_text(
                 json.dumps([{k: v for k, v in r.items() if k != "segmentation"} for r in results])

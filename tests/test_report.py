@@ -16,15 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fusedet import cli, evaluation
-from fusedet.api import run_report
-from fusedet.api.detector_evaluation import evaluate_results
+from fusedet import cli, config, evaluation
+from fusedet.api import detector_evaluation, run_report
 from fusedet.data.dataset import DetectionDataset, ImageAnnotations
 from fusedet.errors import StorageError
 from fusedet.evaluation.bootstrap import draw_image_weights
 from fusedet.evaluation.calibration import compute_calibration
 from fusedet.evaluation.image_matching import FALSE_POSITIVE, IGNORED, match_images
-from fusedet.evaluation.results import DetectionTable
+from fusedet.evaluation.results import DetectionTable, Result
 from fusedet.evaluation.score_thresholds import find_best_thresholds
 from fusedet.report import gallery, write_report_page
 from fusedet.report.analysis import analyze_run, summarize_failures
@@ -32,6 +31,11 @@ from fusedet.report.counts import KINDS, classify, count_by_threshold, count_fro
 from test_evaluate import GUESSES, OBJECTS, dataset, result
 
 NAMES = ("</script><script>alert(1)</script>", 'a & "b" <i>')
+
+
+def score(data: DetectionDataset, results: list[Result]) -> dict[str, Any]:
+    """The metrics of results, as `val` computes them by default."""
+    return detector_evaluation.evaluate_results(data, results, config.Test()).metrics
 
 
 def read_counts(text: str) -> dict[str, Any]:
@@ -217,13 +221,13 @@ def test_bins_of_calibration_hold_their_lower_edge() -> None:
 
 def test_sentences_name_the_worst() -> None:
     data, results = by_hand()
-    own = analyze_run(data, results * 1, evaluate_results(data, results).metrics)
+    own = analyze_run(data, results * 1, score(data, results))
     most = max(own.errors.items(), key=lambda item: item[1]["dAP"])
     assert f"would rise from {own.metrics['AP50']:.3f} by {most[1]['dAP']:.3f}" in summarize_failures(own)[0]
     assert len(summarize_failures(own)) == 1, "ten objects at least name a size or a class"
     many = dataset([[(A, 0, False), (B, 1, False)]] * 12)
     perfect_cats = [result(i + 1, 7, A, 0.9) for i in range(12)]
-    lines = summarize_failures(analyze_run(many, perfect_cats, evaluate_results(many, perfect_cats).metrics))
+    lines = summarize_failures(analyze_run(many, perfect_cats, score(many, perfect_cats)))
     assert "By class, AP is lowest for dog: 0.000 (0.000 to 0.000) on 12 instances." in lines
     assert lines[0].startswith("Missed instances cost the most: without these 12 errors AP50 would rise from 0.500 by")
 
@@ -256,7 +260,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "report.html",
         data,
         results,
-        evaluate_results(data, results).metrics,
+        score(data, results),
         title="run <em>&",
         metrics_csv=table,
         origin=[("annotations", data.source)],
@@ -323,12 +327,12 @@ def test_page_without_images_or_training(tmp_path: Path) -> None:
     """Scores outside 0..1, detections of one class, and results without the images."""
     data, results = by_hand()
     results = [row | {"score": 10 * row["score"]} for row in results]
-    write_report_page(tmp_path / "a.html", data, results, evaluate_results(data, results).metrics, title="a")
+    write_report_page(tmp_path / "a.html", data, results, score(data, results), title="a")
     text = (tmp_path / "a.html").read_text()
     assert "The images cannot be read here" in text
     assert "they say nothing about precision" in text
     assert 'id="training"' not in text
-    write_report_page(tmp_path / "b.html", data, [], evaluate_results(data, []).metrics, title="no detections")
+    write_report_page(tmp_path / "b.html", data, [], score(data, []), title="no detections")
     assert read_counts((tmp_path / "b.html").read_text())["cells"] == []
 
 
@@ -464,7 +468,7 @@ def test_no_browser_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
 
 def test_a_page_that_fails_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, results = by_hand()
-    evaluated, said = evaluate_results(data, results), []
+    evaluated, said = detector_evaluation.evaluate_results(data, results, config.Test()), []
     options: dict[str, Any] = {"title": "a", "scored": "a", "device": "cpu", "say": said.append}
     (tmp_path / "run.json").write_text("{")
     assert run_report.write_run_page(tmp_path, data, evaluated, **options, run=tmp_path) == {}

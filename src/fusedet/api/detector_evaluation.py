@@ -1,7 +1,7 @@
 """Evaluation of a detector on a split: results in COCO's format, their metrics, and the files that show them."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from fusedet.api.run_dir import write_json
 from fusedet.api.worst_images import draw_worst_images
 from fusedet.atomic_io import write_atomically
 from fusedet.collectives import gather_objects
-from fusedet.config import Config
+from fusedet.config import Config, Test
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.loader import EvalLoader, build_eval_loader
 from fusedet.errors import InputError, format_count, shorten_list
@@ -82,38 +82,56 @@ def evaluate_detector(
     results = detect(detector, batches, dataset, device, config.test.tiles.ios)
     if rank:
         return Evaluation(results, {})
-    options: dict[str, Any] = {"size_bins": config.test.size_bins or (), "max_det": config.test.max_det}
-    return evaluate_results(dataset, results, voc=voc, evaluator=evaluator, masks=masks, **options)
+    return evaluate_results(dataset, results, config.test, voc=voc, evaluator=evaluator, masks=masks)
 
 
 def evaluate_results(
     dataset: DetectionDataset,
     results: list[Result],
+    test: Test,
     *,
     voc: bool = False,
     evaluator: str = evaluation.EVALUATORS[0],
     masks: bool | None = None,
-    size_bins: Sequence[float] = (),
-    max_det: int = 100,
 ) -> Evaluation:
-    """Compute the metrics of results; without objects in the dataset only the number of detections.
+    """Compute COCO's metrics of results, those of masks and VOC's if asked for, per class too, and the stamp.
 
     Args:
         dataset: The split.
-        results: In COCO's result format.
+        results: In COCO's result format, with image and category ids of the dataset.
+        test: Its `size_bins` are measured; above 100, metrics of `max_det` detections are added (AP@300).
         voc: Whether VOC's AP is computed too; for VOC data it always is.
         evaluator: One of `evaluation.EVALUATORS`.
         masks: Whether metrics of masks are computed too; by default where all results have one.
-        size_bins: Edges of size bins in pixels, as in `evaluation.evaluate_coco`.
-        max_det: Detections of an image that the detector may have; above 100, metrics of so many are added (AP@300).
+
+    Returns:
+        The results, and metrics in 0..1 by name, mask_NAME of masks; lists `classes` and, if asked for, `size_bins`;
+        `stamp`. Without objects in the dataset only the number of detections.
+
+    Raises:
+        InputError: The results do not fit the dataset, as in `evaluate_coco`.
     """
     if not len(dataset.labels):
         return Evaluation(results, {"detections": len(results)})
     if masks is None:
         masks = bool(results) and all("segmentation" in result for result in results)
-    voc = voc or dataset.dataset_format == "voc"
-    options: dict[str, Any] = {"evaluator": evaluator, "masks": masks, "size_bins": size_bins, "max_det": max_det}
-    return Evaluation(results, compute_metrics(dataset, results, voc=voc, **options))
+    options: dict[str, Any] = {"evaluator": evaluator, "size_bins": test.size_bins or (), "max_det": test.max_det}
+    metrics = evaluation.evaluate_coco(dataset, results, **options)
+    if masks:
+        metrics |= compute_mask_metrics(dataset, results, **options)
+        for row, other in zip(metrics.get("size_bins", ()), metrics.pop("mask_size_bins", ())):
+            row |= {f"mask_{name}": other[name] for name in ("AP", "AR")}
+        for row, other in zip(metrics["classes"], metrics.pop("mask_classes")):
+            row |= {f"mask_{name}": value for name, value in other.items() if name.startswith("AP")}
+    if voc or dataset.dataset_format == "voc":
+        area, eleven = evaluation.evaluate_voc(dataset, results), evaluation.evaluate_voc(dataset, results, points=11)
+        metrics |= {"VOC_AP": area["mAP"], "VOC_AP_11_point": eleven["mAP"]}
+        for row, a, b in zip(metrics["classes"], area["classes"], eleven["classes"]):
+            row |= {"VOC_AP": a["AP"], "VOC_AP_11_point": b["AP"]}
+    metrics["stamp"] = evaluation.create_stamp(
+        dataset, results, evaluator, max_dets=evaluation.extend_max_dets(test.max_det)
+    )
+    return Evaluation(results, metrics)
 
 
 def build_val_loader(
@@ -205,51 +223,6 @@ def compute_mask_metrics(
     return {f"mask_{name}": value for name, value in metrics.items()}
 
 
-def compute_metrics(
-    dataset: DetectionDataset,
-    results: list[Result],
-    *,
-    voc: bool,
-    evaluator: str,
-    masks: bool = False,
-    size_bins: Sequence[float] = (),
-    max_det: int = 100,
-) -> dict[str, Any]:
-    """Compute COCO's metrics of a split, those of masks and VOC's if asked for, per class too, and the stamp.
-
-    Args:
-        dataset: The split.
-        results: In COCO's result format, with image and category ids of the dataset.
-        voc: Whether VOC's AP is computed too.
-        evaluator: One of `evaluation.EVALUATORS`.
-        masks: Whether metrics of masks are computed too; every result then has a mask.
-        size_bins: Edges of size bins in pixels, as in `evaluation.evaluate_coco`.
-        max_det: As in `evaluate_results`.
-
-    Returns:
-        Metrics in 0..1 by name, mask_NAME of masks; lists `classes` and, if given, `size_bins`; `stamp`.
-
-    Raises:
-        InputError: The results do not fit the dataset, as in `evaluate_coco`.
-    """
-    options: dict[str, Any] = {"evaluator": evaluator, "size_bins": size_bins, "max_det": max_det}
-    metrics = evaluation.evaluate_coco(dataset, results, **options)
-    if masks:
-        metrics |= compute_mask_metrics(dataset, results, **options)
-        for row, other in zip(metrics.get("size_bins", ()), metrics.pop("mask_size_bins", ())):
-            row |= {f"mask_{name}": other[name] for name in ("AP", "AR")}
-        for row, other in zip(metrics["classes"], metrics.pop("mask_classes")):
-            row |= {f"mask_{name}": value for name, value in other.items() if name.startswith("AP")}
-    if voc:
-        area, eleven = evaluation.evaluate_voc(dataset, results), evaluation.evaluate_voc(dataset, results, points=11)
-        metrics |= {"VOC_AP": area["mAP"], "VOC_AP_11_point": eleven["mAP"]}
-        for row, a, b in zip(metrics["classes"], area["classes"], eleven["classes"]):
-            row |= {"VOC_AP": a["AP"], "VOC_AP_11_point": b["AP"]}
-    return metrics | {
-        "stamp": evaluation.create_stamp(dataset, results, evaluator, max_dets=evaluation.extend_max_dets(max_det))
-    }
-
-
 def write_report(
     dataset: DetectionDataset, results: list[Result], metrics: dict[str, Any], out: Path, title: str
 ) -> dict[str, Path]:
@@ -258,7 +231,7 @@ def write_report(
     Args:
         dataset: The split.
         results: In COCO's result format, with image and category ids of the dataset.
-        metrics: As `compute_metrics` returns them.
+        metrics: As `evaluate_results` computes them.
         out: The directory, which exists.
         title: Title of the plots.
 

@@ -228,8 +228,7 @@ def _fit(
     if validate.results is not None and not run.state["stale"]:  # the last weights are the best, and evaluated
         if not fabric.is_global_zero:
             return val, Evaluation(validate.results, {})
-        bins, max_det = config.test.size_bins or (), config.test.max_det
-        return val, evaluate_results(val, validate.results, masks=masks, size_bins=bins, max_det=max_det)
+        return val, evaluate_results(val, validate.results, config.test, masks=masks)
     best = build_with_weights(config, len(val.names), weights_file(out)).to(fabric.device).eval()
     return val, evaluate_detector(best, config, val, fabric.device, rank=fabric.global_rank, world=fabric.world_size)
 

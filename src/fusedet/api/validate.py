@@ -110,8 +110,7 @@ def validate(
             boxed = evaluation.add_mask_boxes(stored) if has_objects else stored
             if boxed is not stored:
                 say(f"{source} holds masks only: the metrics of boxes are those of the masks' bounding boxes")
-            bins, max_det = options.test.size_bins or (), options.test.max_det
-            evaluated = evaluate_results(dataset, boxed, voc=voc, evaluator=evaluator, size_bins=bins, max_det=max_det)
+            evaluated = evaluate_results(dataset, boxed, options.test, voc=voc, evaluator=evaluator)
         if not is_first:
             return RunResult(path, {}, {})
         files: dict[str, Path] = {}

@@ -3,7 +3,6 @@
 import csv
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -45,7 +44,8 @@ def plot_training(metrics_csv: str | Path, path: str | Path, title: str = "Train
         for i, (name, (at, value)) in enumerate(zip(shown, curves)):
             color = DARK if name in ("loss", "lr") or (group is scores and i == 0) else plot_color(i)
             if group is scores:
-                axes.plot(at, value, "o-", ms=3, lw=1.8, color=color, label=name)
+                best = f", best {value.max():.3f}" if i == 0 and len(value) else ""
+                axes.plot(at, value, "o-", ms=3, lw=1.8, color=color, label=name + best)
                 continue
             if name == "val_loss":
                 axes.plot(at, value, "s--", ms=3, lw=1.4, color=DARK, label="validation loss")
@@ -55,7 +55,6 @@ def plot_training(metrics_csv: str | Path, path: str | Path, title: str = "Train
                 at, value = smooth(at, value)
             axes.plot(at, value, lw=1.6, color=color, label=name)
         if group is scores:
-            _mark_best(axes, *curves[0])
             axes.set_ylim(bottom=0)
         else:
             _limit_peaks(axes, [value for _, value in curves])
@@ -110,13 +109,6 @@ def smooth(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     width = max(3, len(y) // 50)
     kernel = np.full(width, 1 / width)
     return np.convolve(x, kernel, mode="valid"), np.convolve(y, kernel, mode="valid")
-
-
-def _mark_best(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
-    if len(y):
-        best = int(y.argmax())
-        style: dict[str, Any] = {"ha": "center", "fontsize": 9, "color": DARK}
-        axes.annotate(f"{y[best]:.3f}", (x[best], y[best]), (0, 5), textcoords="offset points", **style)
 
 
 def _limit_peaks(axes: Axes, shown: list[np.ndarray]) -> None:
